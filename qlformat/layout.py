@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,8 +127,18 @@ def split_companion(name: str) -> tuple[str, str] | None:
     return (weight, suffix) if suffix in COMPANIONS and weight else None
 
 
+def element_count(shape: Sequence[int]) -> int:
+    """Product of the dimensions; once it is past 2**63 the product so far, since a hostile shape may be long."""
+    count = 0 if 0 in shape else 1
+    for dim in shape:
+        count *= dim
+        if count >= 1 << 63:
+            break
+    return count
+
+
 def strict_json(data: bytes) -> Any:
-    """Parse UTF-8 JSON; repeated keys, NaN and Infinity raise ValueError."""
+    """Parse UTF-8 JSON; repeated keys, NaN, Infinity and numbers beyond float64 raise ValueError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -139,8 +149,14 @@ def strict_json(data: bytes) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"{digits[:40]} is too large")
+        return number
+
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -203,8 +219,8 @@ def _state_problem(fields: Mapping[str, Any], suffix_type: str) -> str | None:
 def _shape_problem(shape: Any) -> str | None:
     if not isinstance(shape, list) or not shape or any(type(dim) is not int or dim < 1 for dim in shape):
         return f"found shape {shape!r}, needed a list of positive integers"
-    if math.prod(shape) >= MAX_ELEMENTS:
-        return f"found shape {shape!r} with {math.prod(shape)} elements, needed fewer than 2**48"
+    if element_count(shape) >= MAX_ELEMENTS:
+        return f"found shape {str(shape)[:80]} with at least {element_count(shape)} elements, needed fewer than 2**48"
     return None
 
 
