@@ -1,3 +1,59 @@
-"""qlformat: NF4 + double-quantized checkpoints that every project can load."""
+"""qlformat: NF4 + double-quantized checkpoints that every project can load.
+
+The public names below are imported on first use, so that `import qlformat` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qlformat.checkpoint import Checkpoint
+    from qlformat.checkpoint import open_checkpoint as open  # noqa: A004 (qlformat.open reads like gzip.open)
+    from qlformat.convert import Report, convert
+    from qlformat.errors import FormatError, NativeError, QlfError, SourceError, TargetError
+    from qlformat.export import ExportReport, export
+    from qlformat.layout import QuantState, Recipe
+    from qlformat.summary import Summary, summarize
+    from qlformat.verify import Finding, verify
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "ExportReport": "export",
+    "Finding": "verify",
+    "FormatError": "errors",
+    "NativeError": "errors",
+    "QlfError": "errors",
+    "QuantState": "layout",
+    "Recipe": "layout",
+    "Report": "convert",
+    "SourceError": "errors",
+    "Summary": "summary",
+    "TargetError": "errors",
+    "convert": "convert",
+    "export": "export",
+    "open": "checkpoint",
+    "summarize": "summary",
+    "verify": "verify",
+}
+
+__all__ = [
+    "Checkpoint", "ExportReport", "Finding", "FormatError", "NativeError", "QlfError", "QuantState", "Recipe",
+    "Report", "SourceError", "Summary", "TargetError", "convert", "export", "open", "summarize", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qlformat' has no attribute {name!r}")
+    module = import_module(f"qlformat.{_HOME[name]}")
+    value = getattr(module, "open_checkpoint" if name == "open" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -30,6 +30,14 @@ DTYPE_BITS: dict[str, int] = {
 }
 """safetensors dtype -> bits of one element."""
 
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""safetensors dtype -> torch name, for the dtypes of ordinary checkpoints."""
+
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_BYTES = 4096
 ALIGNMENT = 64
@@ -200,6 +208,10 @@ class ShardReader:
             if count == 0:
                 raise FormatError("the file became shorter while it was read", rule="S5", file=self.name)
             done += count
+
+    def end_position(self, info: TensorInfo) -> int:
+        """Position in the file just behind the tensor's bytes."""
+        return self.header.data_start + info.end
 
     def read(self, info: TensorInfo) -> bytearray:
         """All bytes of a tensor."""

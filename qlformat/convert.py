@@ -1,0 +1,341 @@
+"""Convert a 16- or 32-bit model to an NF4 + double-quantized checkpoint: plan, check everything, then stream.
+
+Workers take whole tensors and move them in chunks: read, quantize, hash, write. Memory is bounded by the chunks and
+the absmax of the tensors in work, whatever the size of the model, and the bytes do not depend on the worker count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qlformat import __version__
+from qlformat.errors import FormatError, SourceError
+from qlformat.hashing import FileHasher, hash_file
+from qlformat.journal import FILE_NAME as JOURNAL_NAME
+from qlformat.journal import Journal, StoredWeight
+from qlformat.layout import Recipe
+from qlformat.manifest import FILE_NAME as MANIFEST_NAME
+from qlformat.manifest import FileEntry, Manifest, TensorEntry, WeightEntry, fingerprint, parse
+from qlformat.manifest import Source as SourceEntry
+from qlformat.plan import Item, Plan, make_plan, natural_key, output_config
+from qlformat.progress import Progress, ProgressMeter
+from qlformat.repository import index_name
+from qlformat.shards import TORCH_NAMES, ShardWriter
+from qlformat.source import Source, open_source
+from qlformat.staging import LOCK_NAME, Staging, require_space
+from qlformat.tensor_stream import Stopped, TensorStream
+
+EXPERT_REASONS = ("fused-experts", "merged-on-load")
+"""Reasons of selection.py that mean experts."""
+DEFAULT_SHARD_SIZE = 5_000_000_000
+_MARGIN_BYTES = 16 << 20
+"""Space asked for beyond the tensors: headers, JSON files and what is carried over."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        out: the finished checkpoint.
+        manifest: content of its qlf.json.
+        seconds: wall time.
+        source_bytes, output_bytes: sizes of the weight files.
+        total_params, quantized_params: element counts.
+        bits_per_weight: bits of packed, absmax and nested_absmax for each quantized weight (paper, section 3).
+        unquantized: reason -> element count of the weights kept as they were, the largest first.
+        notes: what the user should know, the most important first.
+    """
+
+    out: Path
+    manifest: Manifest
+    seconds: float
+    source_bytes: int
+    output_bytes: int
+    total_params: int
+    quantized_params: int
+    bits_per_weight: float
+    unquantized: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for --json."""
+        return {
+            "out": str(self.out),
+            "fingerprint": self.manifest.fingerprint,
+            "seconds": round(self.seconds, 3),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "total_params": self.total_params,
+            "quantized_params": self.quantized_params,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "unquantized": dict(self.unquantized),
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    skip: Sequence[str] = (),
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    threads: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Quantize a model and write a checkpoint that transformers, vLLM and bitsandbytes load.
+
+    Args:
+        src: directory, .safetensors or .bin file, or Hub repository id (see source.open_source).
+        out: directory of the new checkpoint.
+        recipe: how to quantize; NF4, blocksize 64 and double quantization by default.
+        skip: globs of tensor or module names to leave unquantized.
+        shard_size: most bytes of tensors in one output file.
+        threads: workers; all CPUs of the process by default.
+        resume: go on with what an interrupted conversion of the same source left behind.
+        overwrite: replace a model that is at `out`.
+        progress: called from the workers, under a lock.
+
+    Raises:
+        SourceError, FormatError: the source cannot be converted.
+        TargetError: the output cannot be written; what was there before is untouched.
+    """
+    started = time.monotonic()
+    with open_source(src) as source:
+        plan = make_plan(source, recipe or Recipe(), skip, shard_size)
+        target = Path(out)
+        if resume:
+            finished = _finished(source, plan, target)
+            if finished:
+                return _report(source, plan, finished, target, started)
+        with Staging(target, overwrite=overwrite, resume=resume, source=source.directory) as staging:
+            staging.keep = staging.resumed
+            run = _Run(source, plan, staging, progress)
+            staging.keep = True
+            try:
+                manifest = run.execute(threads or len(os.sched_getaffinity(0)))
+            except (SourceError, FormatError):
+                staging.keep = False  # the source is at fault: there is nothing to resume
+                raise
+            run.journal.remove()
+            staging.commit()
+    return _report(source, plan, manifest, target, started)
+
+
+class _Run:
+    """One conversion into a staging directory."""
+
+    def __init__(
+        self, source: Source, plan: Plan, staging: Staging, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.directory = staging.path
+        self.journal = Journal(staging.path, plan.key(source))
+        if not self.journal.done:  # what is resumed has its space already
+            require_space(staging.path, plan.output_bytes + _MARGIN_BYTES)
+        self._meter = ProgressMeter(progress, len(plan.items), sum(item.tensor.nbytes for item in plan.items))
+        self._hashers = {name: FileHasher(path) for name, path in source.files}
+        self._writers = [
+            ShardWriter(staging.path / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
+        ]
+        self._stream = TensorStream(self._writers, self._meter)
+        self._lock = threading.Lock()
+        self._pending = Counter(item.shard for item in plan.items)
+        self._stored: dict[str, StoredWeight] = {}
+        self._shard_files: dict[int, FileEntry] = {}
+        self._source_sha256: dict[str, str] = {}
+
+    def execute(self, threads: int) -> Manifest:
+        """Write every file of the checkpoint into the staging directory, qlf.json last."""
+        try:
+            self._run_workers(threads)
+        finally:
+            self._close()
+        self._meter.enter("finishing")
+        files = [self._shard_files[shard] for shard in range(len(self._writers))]
+        files += [self._carry(name, path) for name, path in self.source.carried]
+        if len(self._writers) > 1:
+            files.append(self._write(index_name(), self._index()))
+        files.append(self._write("config.json", output_config(self.source.config, self.plan)))
+        manifest = self._manifest(files)
+        self._write(MANIFEST_NAME, manifest.to_json())
+        return manifest
+
+    def _close(self) -> None:
+        self.journal.close()
+        for hasher in self._hashers.values():
+            hasher.close()
+        for writer in self._writers:
+            writer.close()
+
+    def _run_workers(self, threads: int) -> None:
+        tasks: list[Callable[[], None]] = [partial(self._convert, item) for item in self.plan.items]
+        tasks += [partial(self._finish_source, name) for name in self._hashers]
+        with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
+            futures = [pool.submit(task) for task in tasks]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                errors = [future.exception() for future in futures if future in done]
+                for error in errors:
+                    if error is not None and not isinstance(error, Stopped):
+                        raise error
+            except BaseException:  # Ctrl-C too: workers stop at their next chunk
+                self._stream.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _convert(self, item: Item) -> None:
+        stored = self.journal.done.get(item.name)
+        if stored is None or not self._stream.is_intact(item, stored):
+            stored = self._stream.write(item)
+            self.journal.add(stored)
+        self._hashers[item.tensor.file].advance(item.tensor.reader.end_position(item.tensor.info))
+        with self._lock:
+            self._stored[item.name] = stored
+            self._pending[item.shard] -= 1
+            last = self._pending[item.shard] == 0
+        if last:
+            self._finish_shard(item.shard)
+
+    def _finish_shard(self, shard: int) -> None:
+        writer = self._writers[shard]
+        writer.finish()
+        size, digest = hash_file(writer.path)
+        self._shard_files[shard] = FileEntry(self.plan.shard_names[shard], size, digest)
+
+    def _finish_source(self, name: str) -> None:
+        self._source_sha256[name] = self._hashers[name].finish(self._stream.stop)
+
+    def _carry(self, name: str, path: Path) -> FileEntry:
+        target = self.directory / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+        return FileEntry(name, *hash_file(target))
+
+    def _write(self, name: str, data: bytes) -> FileEntry:
+        (self.directory / name).write_bytes(data)
+        return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+
+    def _index(self) -> bytes:
+        shards = {spec.name: self.plan.shard_names[item.shard] for item in self.plan.items for spec in item.specs}
+        total = sum(entry.size for entry in self._shard_files.values()) - sum(w.data_start for w in self._writers)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
+        return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _manifest(self, files: Sequence[FileEntry]) -> Manifest:
+        items = sorted(self.plan.items, key=lambda item: natural_key(item.name))
+        tensors = [entry for item in items for entry in self._tensor_entries(item)]
+        sources = [
+            FileEntry(name, self._hashers[name].size, self._source_sha256[name]) for name in sorted(self._hashers)
+        ]
+        return Manifest(
+            writer=f"qlformat {__version__}",
+            source=SourceEntry(self.source.repo_id, self.source.revision, tuple(sources)),
+            recipe=self.plan.recipe,
+            skip=self.plan.skip,
+            tensors=tuple(tensors),
+            weights=tuple(_weight_entry(item, self._stored[item.name]) for item in items),
+            files=tuple(files),
+            fingerprint=fingerprint((t.name, t.dtype, t.shape, t.sha256) for t in tensors),
+        )
+
+    def _tensor_entries(self, item: Item) -> list[TensorEntry]:
+        stored = self._stored[item.name]
+        shard = self.plan.shard_names[item.shard]
+        late = (len(stored.quant_state.encode()),) if stored.quant_state is not None else ()
+        return [
+            TensorEntry(spec.name, spec.dtype, late if spec.late else spec.shape, shard, stored.sha256[spec.name])
+            for spec in item.specs
+        ]
+
+
+def _weight_entry(item: Item, stored: StoredWeight) -> WeightEntry:
+    dtype = TORCH_NAMES[item.tensor.dtype]
+    if item.state is None:
+        return WeightEntry(item.name, "none", dtype, item.tensor.shape, item.reason)
+    relative = math.sqrt(max(stored.squared_error, 0.0) / stored.signal) if stored.signal else 0.0
+    rms = math.sqrt(max(stored.squared_error, 0.0) / item.elements)
+    return WeightEntry(
+        name=item.name,
+        encoding=item.state.quant_type,
+        dtype=dtype,
+        shape=item.state.shape,
+        reason=item.reason,
+        transposed=item.transpose,
+        rms_error=_six_digits(rms),
+        relative_error=_six_digits(relative),
+    )
+
+
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _finished(source: Source, plan: Plan, out: Path) -> Manifest | None:
+    """The manifest at `out` when an earlier run of this very conversion got as far as its last rename."""
+    try:
+        manifest = parse((out / MANIFEST_NAME).read_bytes())
+    except (OSError, FormatError):
+        return None
+    if (manifest.recipe, manifest.skip) != (plan.recipe, plan.skip) or manifest.writer != f"qlformat {__version__}":
+        return None
+    found = {entry.name: (entry.size, entry.sha256) for entry in manifest.source.files}
+    if found != {name: hash_file(path) for name, path in source.files}:
+        return None
+    for leftover in (LOCK_NAME, JOURNAL_NAME):  # the interruption may have come just before these were removed
+        (out / leftover).unlink(missing_ok=True)
+    return manifest
+
+
+def _report(source: Source, plan: Plan, manifest: Manifest, out: Path, started: float) -> Report:
+    unquantized: Counter[str] = Counter()
+    for item in plan.items:
+        if item.state is None:
+            unquantized[item.reason] += item.elements
+    total = sum(item.elements for item in plan.items)
+    quantized = [item for item in plan.items if item.state]
+    params = sum(item.elements for item in quantized)
+    counted = ("U8", "F32")
+    stored = sum(
+        spec.nbytes
+        for item in quantized
+        for spec in item.specs
+        if spec.dtype in counted and not spec.late and not spec.name.endswith("quant_map")
+    )
+    return Report(
+        out=out,
+        manifest=manifest,
+        seconds=time.monotonic() - started,
+        source_bytes=sum(entry.size for entry in manifest.source.files),
+        output_bytes=sum(entry.size for entry in manifest.files if entry.name.endswith(".safetensors")),
+        total_params=total,
+        quantized_params=params,
+        bits_per_weight=8 * stored / params,
+        unquantized=dict(unquantized.most_common()),
+        notes=(*_expert_note(unquantized, total), *plan.selection.notes, *source.notes),
+    )
+
+
+def _expert_note(unquantized: Mapping[str, int], total: int) -> list[str]:
+    experts = sum(unquantized.get(reason, 0) for reason in EXPERT_REASONS)
+    if not experts:
+        return []
+    share = f"{experts / total:.1%} of the weights are fused experts, which bitsandbytes cannot quantize"
+    return [f"{share}: they stay in 16 bit, as they do when transformers quantizes this model"]

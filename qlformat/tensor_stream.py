@@ -1,0 +1,187 @@
+"""Move one weight from the source to its shard in chunks: read, quantize, hash, write."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qlformat import codec
+from qlformat.codebook import CODEBOOKS, DYNAMIC8
+from qlformat.errors import SourceError
+from qlformat.journal import StoredWeight
+from qlformat.layout import QuantState, quant_state_name
+from qlformat.plan import Item
+from qlformat.progress import ProgressMeter
+from qlformat.shards import ShardWriter
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements quantized at a time: a multiple of every blocksize, small enough for the CPU caches."""
+CHUNK_BYTES = 2 << 20
+
+_NUMPY: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+
+
+class Stopped(Exception):
+    """Another worker failed; this one gives up."""
+
+
+class TensorStream:
+    """Writes weights into their shards; one instance serves all workers.
+
+    Attributes:
+        stop: set it to make all workers give up at their next chunk.
+    """
+
+    def __init__(self, writers: Sequence[ShardWriter], meter: ProgressMeter) -> None:
+        self._writers = writers
+        self._meter = meter
+        self._local = threading.local()
+        self.stop = threading.Event()
+
+    def write(self, item: Item) -> StoredWeight:
+        """Store one weight.
+
+        Raises:
+            SourceError: rule E1, NaN or infinity in a weight to be quantized.
+        """
+        return self._copy(item) if item.state is None else self._quantize(item, item.state)
+
+    def is_intact(self, item: Item, stored: StoredWeight) -> bool:
+        """Whether an interrupted run's bytes of a weight are all in the file (its quant_state is in the journal)."""
+        buffer = self._buffer("copy", CHUNK_BYTES).data
+        for spec in item.specs:
+            if spec.late:
+                continue
+            digest = hashlib.sha256()
+            for offset in range(0, spec.nbytes, CHUNK_BYTES):
+                self._check_stop()
+                part = buffer[: min(CHUNK_BYTES, spec.nbytes - offset)]
+                if self._writers[item.shard].read_back(spec.name, offset, part) != part.nbytes:
+                    return False
+                digest.update(part)
+            if digest.hexdigest() != stored.sha256.get(spec.name):
+                return False
+        if stored.quant_state is not None and item.state is not None:
+            name = quant_state_name(item.name, item.state.quant_type)
+            self._writers[item.shard].write_late(name, stored.quant_state.encode())
+        self._meter.add(item.tensor.nbytes, 1)
+        return True
+
+    def _copy(self, item: Item) -> StoredWeight:
+        digest = hashlib.sha256()
+        buffer = self._buffer("copy", CHUNK_BYTES).data
+        for offset in range(0, item.tensor.nbytes, CHUNK_BYTES):
+            self._check_stop()
+            part = buffer[: min(CHUNK_BYTES, item.tensor.nbytes - offset)]
+            item.tensor.read_into(offset, part)
+            digest.update(part)
+            self._writers[item.shard].write(item.name, offset, part)
+            self._meter.add(part.nbytes)
+        self._meter.add(0, 1)
+        return StoredWeight(item.name, {item.name: digest.hexdigest()})
+
+    def _quantize(self, item: Item, state: QuantState) -> StoredWeight:
+        absmax = np.empty(state.blocks, dtype=np.float32)
+        moments = np.empty((state.blocks, 3), dtype=np.float32)
+        packed_sha256 = self._pack(item, state, absmax, moments)
+        companions: dict[str, npt.NDArray[np.generic]] = {
+            f"{item.name}.absmax": absmax,
+            f"{item.name}.quant_map": CODEBOOKS[state.quant_type].values,
+        }
+        decoded = absmax
+        if state.nested:
+            codes, nested_absmax, offset = codec.double_quantize(absmax)
+            decoded = codec.double_dequantize(codes, nested_absmax, offset)
+            companions[f"{item.name}.absmax"] = codes
+            companions[f"{item.name}.nested_absmax"] = nested_absmax
+            companions[f"{item.name}.nested_quant_map"] = DYNAMIC8
+            state = replace(state, nested_offset=float(offset))
+        error, signal = codec.squared_error(decoded, moments)
+        return self._companions(item, state, companions, packed_sha256, error, signal)
+
+    def _pack(
+        self, item: Item, state: QuantState, absmax: npt.NDArray[np.float32], moments: npt.NDArray[np.float32]
+    ) -> str:
+        """Quantize in chunks; absmax and moments are filled, and the sha256 of the packed bytes is returned."""
+        digest = hashlib.sha256()
+        packed = self._buffer("packed", CHUNK_ELEMENTS // 2)
+        whole = self._transposed(item, state) if item.transpose else None
+        for start in range(0, state.elements, CHUNK_ELEMENTS):
+            self._check_stop()
+            count = min(CHUNK_ELEMENTS, state.elements - start)
+            values = self._read(item, state, start, count) if whole is None else whole[start : start + count]
+            first = start // state.blocksize
+            blocks = slice(first, first + -(-count // state.blocksize))
+            out = packed[: -(-count // 2)]
+            try:
+                codec.quantize(
+                    values, dtype=state.dtype, quant_type=state.quant_type, blocksize=state.blocksize,
+                    packed=out, absmax=absmax[blocks], moments=moments[blocks],
+                )  # fmt: skip
+            except codec.NonFiniteError as error:
+                raise self._located(item, state, first + error.block) from None
+            self._writers[item.shard].write(item.name, start // 2, out.data)
+            digest.update(out.data)
+            self._meter.add(values.nbytes)
+        self._meter.add(0, 1)
+        return digest.hexdigest()
+
+    def _read(self, item: Item, state: QuantState, start: int, count: int) -> npt.NDArray[np.generic]:
+        dtype = _NUMPY[state.dtype]
+        values: npt.NDArray[np.generic] = self._buffer("source", CHUNK_ELEMENTS * 4)[: count * dtype.itemsize].view(dtype)
+        item.tensor.read_into(start * dtype.itemsize, values.data.cast("B"))
+        return values
+
+    def _transposed(self, item: Item, state: QuantState) -> npt.NDArray[np.generic]:
+        """A Conv1D weight, turned from [in, out] to [out, in] and flattened; it is held whole."""
+        whole = np.empty(item.tensor.shape, dtype=_NUMPY[state.dtype])
+        item.tensor.read_into(0, whole.data.cast("B"))
+        return codec.transpose(whole).reshape(-1)
+
+    def _companions(
+        self,
+        item: Item,
+        state: QuantState,
+        companions: dict[str, npt.NDArray[np.generic]],
+        packed_sha256: str,
+        error: float,
+        signal: float,
+    ) -> StoredWeight:
+        writer = self._writers[item.shard]
+        sha256 = {item.name: packed_sha256}
+        for name, values in companions.items():
+            data = np.ascontiguousarray(values).data.cast("B")
+            writer.write(name, 0, data)
+            sha256[name] = hashlib.sha256(data).hexdigest()
+        text = state.to_json()
+        late = quant_state_name(item.name, state.quant_type)
+        writer.write_late(late, text)
+        sha256[late] = hashlib.sha256(text).hexdigest()
+        return StoredWeight(item.name, sha256, text.decode(), error, signal)
+
+    def _located(self, item: Item, state: QuantState, block: int) -> SourceError:
+        first = block * state.blocksize
+        last = min(first + state.blocksize, state.elements) - 1
+        return SourceError(
+            f"found NaN or infinity in elements {first} to {last} of {state.elements}, needed finite values; "
+            f"repair the source, or leave it out with --skip {item.name}",
+            rule="E1", tensor=item.name, file=item.tensor.file,
+        )  # fmt: skip
+
+    def _buffer(self, use: str, size: int) -> npt.NDArray[np.uint8]:
+        """A buffer of this worker, made once."""
+        found: npt.NDArray[np.uint8] | None = getattr(self._local, use, None)
+        if found is None:
+            found = np.empty(size, dtype=np.uint8)
+            setattr(self._local, use, found)
+        return found
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Stopped
