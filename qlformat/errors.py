@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def shown(value: object) -> str:
+    """repr of a value found in an untrusted file, cut to a length that fits in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 class QlfError(Exception):
     """Base of every error that qlformat raises on purpose.
 

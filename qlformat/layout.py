@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qlformat.errors import FormatError, QlfError
+from qlformat.errors import FormatError, QlfError, shown
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4")
@@ -208,33 +208,33 @@ def parse_quant_state(data: bytes, weight: str, suffix_type: str) -> QuantState:
 
 def _state_problem(fields: Mapping[str, Any], suffix_type: str) -> str | None:
     if suffix_type not in QUANT_TYPES or fields["quant_type"] != suffix_type:
-        return f"found quant_type {fields['quant_type']!r} under the suffix {suffix_type!r}, needed nf4 or fp4 in both"
+        return f"found quant_type {shown(fields['quant_type'])} under the suffix {suffix_type!r}, needed nf4 or fp4 in both"
     if type(fields["blocksize"]) is not int or fields["blocksize"] not in BLOCKSIZES:
-        return f"found blocksize {fields['blocksize']!r}, needed one of {BLOCKSIZES}"
+        return f"found blocksize {shown(fields['blocksize'])}, needed one of {BLOCKSIZES}"
     if fields["dtype"] not in SOURCE_DTYPES:
-        return f"found dtype {fields['dtype']!r}, needed one of {SOURCE_DTYPES}"
+        return f"found dtype {shown(fields['dtype'])}, needed one of {SOURCE_DTYPES}"
     return None
 
 
 def _shape_problem(shape: Any) -> str | None:
     if not isinstance(shape, list) or not shape or any(type(dim) is not int or dim < 1 for dim in shape):
-        return f"found shape {shape!r}, needed a list of positive integers"
+        return f"found shape {shown(shape)}, needed a list of positive integers"
     if element_count(shape) >= MAX_ELEMENTS:
-        return f"found shape {str(shape)[:80]} with at least {element_count(shape)} elements, needed fewer than 2**48"
+        return f"found shape {shown(shape)} with at least {element_count(shape)} elements, needed fewer than 2**48"
     return None
 
 
 def _nested_problem(fields: Mapping[str, Any]) -> str | None:
     if fields["nested_blocksize"] != NESTED_BLOCKSIZE or type(fields["nested_blocksize"]) is not int:
-        return f"found nested_blocksize {fields['nested_blocksize']!r}, needed {NESTED_BLOCKSIZE}"
+        return f"found nested_blocksize {shown(fields['nested_blocksize'])}, needed {NESTED_BLOCKSIZE}"
     if fields["nested_dtype"] != "float32":
-        return f"found nested_dtype {fields['nested_dtype']!r}, needed 'float32'"
+        return f"found nested_dtype {shown(fields['nested_dtype'])}, needed 'float32'"
     offset = fields["nested_offset"]
     if type(offset) not in (int, float):
-        return f"found nested_offset {offset!r}, needed a number"
+        return f"found nested_offset {shown(offset)}, needed a number"
     try:
         with np.errstate(over="ignore"):
             exact = float(np.float32(offset)) == float(offset) and math.isfinite(float(offset))
     except OverflowError:
         exact = False
-    return None if exact else f"found nested_offset {offset!r}, needed a finite number that float32 holds exactly"
+    return None if exact else f"found nested_offset {shown(offset)}, needed a finite number that float32 holds exactly"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qlformat.errors import FormatError, QlfError
+from qlformat.errors import FormatError, QlfError, shown
 from qlformat.layout import NESTED_BLOCKSIZE, Recipe, strict_json
 
 FILE_NAME = "qlf.json"
@@ -141,7 +141,7 @@ def parse(data: bytes) -> Manifest:
         raise _bad("M1", f"found a JSON {type(root).__name__}, needed an object")
     version = root.get("format_version")
     if type(version) is not int:
-        raise _bad("M1", f"format_version is {version!r}, needed an integer")
+        raise _bad("M1", f"format_version is {shown(version)}, needed an integer")
     if version != FORMAT_VERSION:
         raise _bad("M2", f"found format_version {version}, this reader knows {FORMAT_VERSION}; upgrade qlformat")
     keys = _strings(root, "must_understand")
@@ -149,7 +149,7 @@ def parse(data: bytes) -> Manifest:
     if unknown:
         raise _bad("M3", f"the checkpoint needs a reader that understands {', '.join(unknown)}; upgrade qlformat")
     if root.get("kind") != "base":
-        raise _bad("M1", f"found kind {root.get('kind')!r}, needed 'base'")
+        raise _bad("M1", f"found kind {shown(root.get('kind'))}, needed 'base'")
     recipe, skip = _recipe(_object(root, "recipe"))
     manifest = Manifest(
         writer=_text(root, "writer"),
@@ -175,7 +175,7 @@ def _bad(rule: str, message: str) -> FormatError:
 def _object(parent: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = parent.get(key)
     if not isinstance(value, dict):
-        raise _bad("M1", f"{key} is {_shown(value)}, needed an object")
+        raise _bad("M1", f"{key} is {shown(value)}, needed an object")
     return value
 
 
@@ -189,7 +189,7 @@ def _objects(parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 def _text(parent: Mapping[str, Any], key: str) -> str:
     value = parent.get(key)
     if not isinstance(value, str) or not value:
-        raise _bad("M1", f"{key} is {_shown(value)}, needed a string")
+        raise _bad("M1", f"{key} is {shown(value)}, needed a string")
     return value
 
 
@@ -200,42 +200,42 @@ def _optional_text(parent: Mapping[str, Any], key: str) -> str | None:
 def _digest(parent: Mapping[str, Any], key: str) -> str:
     value = _text(parent, key)
     if not _HEX64.fullmatch(value):
-        raise _bad("M1", f"{key} is {_shown(value)}, needed 64 hexadecimal digits")
+        raise _bad("M1", f"{key} is {shown(value)}, needed 64 hexadecimal digits")
     return value
 
 
 def _strings(parent: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = parent.get(key)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise _bad("M1", f"{key} is {_shown(value)}, needed a list of strings")
+        raise _bad("M1", f"{key} is {shown(value)}, needed a list of strings")
     return tuple(value)
 
 
 def _shape(parent: Mapping[str, Any]) -> tuple[int, ...]:
     value = parent.get("shape")
     if not isinstance(value, list) or any(type(dim) is not int or dim < 0 for dim in value):
-        raise _bad("M1", f"shape is {_shown(value)}, needed a list of integers")
+        raise _bad("M1", f"shape is {shown(value)}, needed a list of integers")
     return tuple(value)
 
 
 def _number(parent: Mapping[str, Any], key: str) -> float | None:
     value = parent.get(key)
     if value is not None and (type(value) not in (int, float) or value < 0):
-        raise _bad("M1", f"{key} is {_shown(value)}, needed a number that is not negative")
+        raise _bad("M1", f"{key} is {shown(value)}, needed a number that is not negative")
     return None if value is None else float(value)
 
 
 def _boolean(parent: Mapping[str, Any], key: str) -> bool:
     value = parent.get(key)
     if not isinstance(value, bool):
-        raise _bad("M1", f"{key} is {_shown(value)}, needed true or false")
+        raise _bad("M1", f"{key} is {shown(value)}, needed true or false")
     return value
 
 
 def _recipe(entry: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     blocksize = entry.get("blocksize")
     if type(blocksize) is not int:
-        raise _bad("M1", f"recipe.blocksize is {_shown(blocksize)}, needed an integer")
+        raise _bad("M1", f"recipe.blocksize is {shown(blocksize)}, needed an integer")
     try:
         recipe = Recipe(
             _text(entry, "quant_type"), blocksize, _boolean(entry, "double_quant"), _text(entry, "compute_dtype")
@@ -246,7 +246,7 @@ def _recipe(entry: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
         raise _bad("M1", f"recipe: {error}") from None
     expected = NESTED_BLOCKSIZE if recipe.double_quant else None
     if entry.get("nested_blocksize") != expected:
-        raise _bad("M1", f"recipe.nested_blocksize is {_shown(entry.get('nested_blocksize'))}, needed {expected}")
+        raise _bad("M1", f"recipe.nested_blocksize is {shown(entry.get('nested_blocksize'))}, needed {expected}")
     return recipe, _strings(entry, "skip")
 
 
@@ -261,16 +261,16 @@ def _files(parent: Mapping[str, Any]) -> tuple[FileEntry, ...]:
 def _file(entry: Mapping[str, Any]) -> FileEntry:
     name, size = _text(entry, "name"), entry.get("size")
     if not is_plain_path(name):
-        raise _bad("M9", f"the file name {name!r} leaves the repository; only plain relative paths are allowed")
+        raise _bad("M9", f"the file name {shown(name)} leaves the repository; only plain relative paths are allowed")
     if type(size) is not int or size < 0:
-        raise _bad("M1", f"size of {name!r} is {_shown(size)}, needed an integer that is not negative")
+        raise _bad("M1", f"size of {shown(name)} is {shown(size)}, needed an integer that is not negative")
     return FileEntry(name, size, _digest(entry, "sha256"))
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorEntry:
     shard = _text(entry, "shard")
     if not is_plain_path(shard) or "/" in shard:
-        raise _bad("M9", f"the shard name {shard!r} leaves the repository; only plain file names are allowed")
+        raise _bad("M9", f"the shard name {shown(shard)} leaves the repository; only plain file names are allowed")
     return TensorEntry(_text(entry, "name"), _text(entry, "dtype"), _shape(entry), shard, _digest(entry, "sha256"))
 
 
@@ -297,8 +297,3 @@ def _check_unique(names: list[str], what: str) -> None:
     if len(set(names)) != len(names):
         repeated = [name for name, count in Counter(names).items() if count > 1][:3]
         raise _bad("M1", f"{what} lists {repeated} more than once")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

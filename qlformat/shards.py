@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from qlformat.errors import FormatError
+from qlformat.errors import FormatError, shown
 from qlformat.layout import element_count, strict_json
 
 DTYPE_BITS: dict[str, int] = {
@@ -135,17 +135,17 @@ def _entry(name: str, fields: Any, file: str) -> TensorInfo:
         raise bad("S3", f"the entry must have exactly {sorted(_ENTRY_KEYS)}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad("S3", f"found dtype {dtype!r}, needed a safetensors dtype")
+        raise bad("S3", f"found dtype {shown(dtype)}, needed a safetensors dtype")
     if not isinstance(shape, list) or any(type(dim) is not int or dim < 0 for dim in shape):
-        raise bad("S3", f"found shape {shape!r}, needed a list of integers that are not negative")
+        raise bad("S3", f"found shape {shown(shape)}, needed a list of integers that are not negative")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(o) is not int or o < 0 for o in offsets):
-        raise bad("S3", f"found data_offsets {offsets!r}, needed [begin, end]")
+        raise bad("S3", f"found data_offsets {shown(offsets)}, needed [begin, end]")
     count = element_count(shape)
     if count >= 1 << 63 or max(shape, default=0) >= 1 << 63:
-        raise bad("S3", f"found shape {shape!r}, its element count must be below 2**63")
+        raise bad("S3", f"found shape {shown(shape)}, its element count must be below 2**63")
     begin, end = offsets
     if (end - begin) * 8 != count * DTYPE_BITS[dtype]:
-        raise bad("S4", f"found {end - begin} bytes, {dtype} of shape {shape} needs {count * DTYPE_BITS[dtype] / 8:g}")
+        raise bad("S4", f"found {end - begin} bytes, {dtype} of shape {shown(shape)} needs {count * DTYPE_BITS[dtype] / 8:g}")
     return TensorInfo(name, dtype, tuple(shape), begin, end)
 
 
