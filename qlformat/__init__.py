@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qlformat.checkpoint import Checkpoint
     from qlformat.checkpoint import open_checkpoint as open  # noqa: A004 (qlformat.open reads like gzip.open)
-    from qlformat.convert import Report, convert
+    from qlformat.converter import Report, convert
     from qlformat.errors import FormatError, NativeError, QlfError, SourceError, TargetError
     from qlformat.export import ExportReport, export
     from qlformat.layout import QuantState, Recipe
@@ -29,11 +29,11 @@ _HOME = {
     "QlfError": "errors",
     "QuantState": "layout",
     "Recipe": "layout",
-    "Report": "convert",
+    "Report": "converter",
     "SourceError": "errors",
     "Summary": "summary",
     "TargetError": "errors",
-    "convert": "convert",
+    "convert": "converter",
     "export": "export",
     "open": "checkpoint",
     "summarize": "summary",

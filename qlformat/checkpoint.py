@@ -129,19 +129,27 @@ class Checkpoint(StoredCheckpoint):
 
     def decode(self, weight: Weight, first: int, last: int, dtype: str | None = None) -> AnyArray:
         """Elements [first, last) of a weight, flat; see `dequantize`."""
-        target = self.decoded_dtype(weight, dtype)
         state = weight.quant_state
         if state is None:
             source = NUMPY_DTYPES[weight.dtype]
             raw = self.read_part(weight.name, first * source.itemsize, (last - first) * source.itemsize)
-            return cast(raw.view(source), weight.dtype, target)
+            return cast(raw.view(source), weight.dtype, self.decoded_dtype(weight, dtype))
         begin = first - first % state.blocksize  # even: blocksizes are
         packed = self.read_part(weight.name, begin // 2, -(-last // 2) - begin // 2)
-        absmax = self.absmax(weight, begin // state.blocksize, -(-last // state.blocksize))
-        values: AnyArray = codec.dequantize(
-            packed, absmax, last - begin, quant_type=state.quant_type, blocksize=state.blocksize, dtype=target
+        return self.decode_packed(weight, packed, begin, last, dtype)[first - begin :]
+
+    def decode_packed(self, weight: Weight, packed: U8, first: int, last: int, dtype: str | None = None) -> AnyArray:
+        """Elements [first, last) of a quantized weight from its packed bytes; `first` begins a block."""
+        state = _state(weight)
+        absmax = self.absmax(weight, first // state.blocksize, -(-last // state.blocksize))
+        return codec.dequantize(
+            packed,
+            absmax,
+            last - first,
+            quant_type=state.quant_type,
+            blocksize=state.blocksize,
+            dtype=self.decoded_dtype(weight, dtype),
         )
-        return values[first - begin :]
 
     def absmax(self, weight: Weight, first: int, last: int) -> F32:
         """Decoded absmax of blocks [first, last) of a quantized weight, float32.

@@ -5,39 +5,29 @@ bfloat16 elements travel as uint16 bits, since NumPy has no such type; float16 a
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qlformat import native, reference
 from qlformat.codebook import DYNAMIC8
-from qlformat.errors import SourceError
+from qlformat.native import NonFiniteError
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
-AnyArray = npt.NDArray[np.generic]
-
-
-class NonFiniteError(SourceError):
-    """A weight holds NaN or infinity (rule E1); `block` is the first block of the array that does."""
-
-    def __init__(self, block: int) -> None:
-        super().__init__(
-            "found NaN or infinity, needed finite values; repair the source or skip this tensor", rule="E1"
-        )
-        self.block = block
+Array = npt.NDArray[Any]
 
 
 def quantize(
-    source: AnyArray,
+    source: Array,
     *,
     dtype: str,
     quant_type: str,
     blocksize: int,
     packed: U8 | None = None,
     absmax: F32 | None = None,
-    moments: F32 | Literal[False] = False,
+    moments: F32 | None = None,
     threads: int = 1,
 ) -> tuple[U8, F32]:
     """Encode a flat array of weights.
@@ -47,28 +37,25 @@ def quantize(
         dtype: "bfloat16", "float16" or "float32".
         quant_type, blocksize: of the recipe.
         packed, absmax: outputs uint8 [ceil(n/2)] and float32 [ceil(n/blocksize)], allocated when None.
-        moments: output float32 [blocks, 3] for the error figures, or False to leave them out.
+        moments: output float32 [blocks, 3] for the error figures (reference.block_moments), or None.
         threads: most threads to use; the result does not depend on it.
 
     Raises:
-        NonFiniteError: rule E1.
+        NonFiniteError: rule E1; its `block` is the first one that holds NaN or infinity.
     """
     if native.available():
-        try:
-            return native.quantize(
-                source, dtype=dtype, quant_type=quant_type, blocksize=blocksize,
-                packed=packed, absmax=absmax, moments=moments, threads=threads,
-            )  # fmt: skip
-        except native.NonFiniteBlock as error:
-            raise NonFiniteError(error.block) from None
+        return native.quantize(
+            source, dtype=dtype, quant_type=quant_type, blocksize=blocksize,
+            packed=packed, absmax=absmax, moments=moments, threads=threads,
+        )  # fmt: skip
     values = reference.to_float32(source, dtype)
     finite = np.isfinite(values)
     if not finite.all():
-        raise NonFiniteError(int(np.argmin(finite)) // blocksize)
+        raise NonFiniteError(int(np.argmin(finite)) // blocksize, blocksize)
     codes, scales = reference.quantize(values, quant_type, blocksize)
-    if moments is not False:
+    if moments is not None:
         moments[...] = reference.block_moments(values, codes, quant_type, blocksize)
-    return _into(packed, codes), _into(absmax, scales)
+    return codes if packed is None else _filled(packed, codes), scales if absmax is None else _filled(absmax, scales)
 
 
 def dequantize(
@@ -79,15 +66,16 @@ def dequantize(
     quant_type: str,
     blocksize: int,
     dtype: str,
-    out: AnyArray | None = None,
+    out: Array | None = None,
     threads: int = 1,
-) -> AnyArray:
+) -> Array:
     """Decode n elements from packed codes and float32 absmax; returns [n] of `dtype`, in `out` when it is given."""
     if native.available():
         return native.dequantize(
             packed, absmax, n, quant_type=quant_type, blocksize=blocksize, dtype=dtype, out=out, threads=threads
         )
-    return _into(out, reference.from_float32(reference.dequantize(packed, absmax, n, quant_type, blocksize), dtype))
+    decoded: Array = reference.from_float32(reference.dequantize(packed, absmax, n, quant_type, blocksize), dtype)
+    return decoded if out is None else _filled(out, decoded)
 
 
 def dequantize_nested(
@@ -100,10 +88,10 @@ def dequantize_nested(
     quant_type: str,
     blocksize: int,
     dtype: str,
-    out: AnyArray | None = None,
+    out: Array | None = None,
     first_block: int = 0,
     threads: int = 1,
-) -> AnyArray:
+) -> Array:
     """Decode both levels of a double-quantized tensor, or of a run of its blocks.
 
     Args:
@@ -122,7 +110,8 @@ def dequantize_nested(
     blocks = reference.block_count(n, blocksize)
     groups = (first_block + np.arange(blocks)) // reference.NESTED_BLOCKSIZE
     absmax = DYNAMIC8[codes[:blocks]] * nested_absmax[groups] + np.float32(nested_offset)
-    return _into(out, reference.from_float32(reference.dequantize(packed, absmax, n, quant_type, blocksize), dtype))
+    decoded: Array = reference.from_float32(reference.dequantize(packed, absmax, n, quant_type, blocksize), dtype)
+    return decoded if out is None else _filled(out, decoded)
 
 
 def double_quantize(absmax: F32) -> tuple[U8, F32, np.float32]:
@@ -142,13 +131,11 @@ def squared_error(absmax: F32, moments: F32) -> tuple[float, float]:
     return native.squared_error(absmax, moments) if native.available() else reference.squared_error(absmax, moments)
 
 
-def transpose(matrix: AnyArray) -> AnyArray:
+def transpose(matrix: Array) -> Array:
     """A contiguous copy of the transposed matrix."""
     return native.transpose(matrix) if native.available() else np.ascontiguousarray(matrix.T)
 
 
-def _into(out: Any, values: Any) -> Any:
-    if out is None:
-        return values
+def _filled(out: Array, values: Array) -> Array:
     out[...] = values
     return out

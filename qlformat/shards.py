@@ -145,7 +145,9 @@ def _entry(name: str, fields: Any, file: str) -> TensorInfo:
         raise bad("S3", f"found shape {shown(shape)}, its element count must be below 2**63")
     begin, end = offsets
     if (end - begin) * 8 != count * DTYPE_BITS[dtype]:
-        raise bad("S4", f"found {end - begin} bytes, {dtype} of shape {shown(shape)} needs {count * DTYPE_BITS[dtype] / 8:g}")
+        raise bad(
+            "S4", f"found {end - begin} bytes, {dtype} of shape {shown(shape)} needs {count * DTYPE_BITS[dtype] / 8:g}"
+        )
     return TensorInfo(name, dtype, tuple(shape), begin, end)
 
 

@@ -16,6 +16,7 @@ from qlformat.codebook import CODEBOOKS, DYNAMIC8
 from qlformat.errors import SourceError
 from qlformat.journal import StoredWeight
 from qlformat.layout import QuantState, quant_state_name
+from qlformat.native import NonFiniteError
 from qlformat.plan import Item
 from qlformat.progress import ProgressMeter
 from qlformat.shards import ShardWriter
@@ -24,7 +25,11 @@ CHUNK_ELEMENTS = 1 << 20
 """Elements quantized at a time: a multiple of every blocksize, small enough for the CPU caches."""
 CHUNK_BYTES = 2 << 20
 
-_NUMPY: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 
 
 class Stopped(Exception):
@@ -90,7 +95,7 @@ class TensorStream:
         absmax = np.empty(state.blocks, dtype=np.float32)
         moments = np.empty((state.blocks, 3), dtype=np.float32)
         packed_sha256 = self._pack(item, state, absmax, moments)
-        companions: dict[str, npt.NDArray[np.generic]] = {
+        companions: dict[str, npt.NDArray[Any]] = {
             f"{item.name}.absmax": absmax,
             f"{item.name}.quant_map": CODEBOOKS[state.quant_type].values,
         }
@@ -124,7 +129,7 @@ class TensorStream:
                     values, dtype=state.dtype, quant_type=state.quant_type, blocksize=state.blocksize,
                     packed=out, absmax=absmax[blocks], moments=moments[blocks],
                 )  # fmt: skip
-            except codec.NonFiniteError as error:
+            except NonFiniteError as error:
                 raise self._located(item, state, first + error.block) from None
             self._writers[item.shard].write(item.name, start // 2, out.data)
             digest.update(out.data)
@@ -132,13 +137,13 @@ class TensorStream:
         self._meter.add(0, 1)
         return digest.hexdigest()
 
-    def _read(self, item: Item, state: QuantState, start: int, count: int) -> npt.NDArray[np.generic]:
+    def _read(self, item: Item, state: QuantState, start: int, count: int) -> npt.NDArray[Any]:
         dtype = _NUMPY[state.dtype]
-        values: npt.NDArray[np.generic] = self._buffer("source", CHUNK_ELEMENTS * 4)[: count * dtype.itemsize].view(dtype)
+        values: npt.NDArray[Any] = self._buffer("source", CHUNK_ELEMENTS * 4)[: count * dtype.itemsize].view(dtype)
         item.tensor.read_into(start * dtype.itemsize, values.data.cast("B"))
         return values
 
-    def _transposed(self, item: Item, state: QuantState) -> npt.NDArray[np.generic]:
+    def _transposed(self, item: Item, state: QuantState) -> npt.NDArray[Any]:
         """A Conv1D weight, turned from [in, out] to [out, in] and flattened; it is held whole."""
         whole = np.empty(item.tensor.shape, dtype=_NUMPY[state.dtype])
         item.tensor.read_into(0, whole.data.cast("B"))
@@ -148,7 +153,7 @@ class TensorStream:
         self,
         item: Item,
         state: QuantState,
-        companions: dict[str, npt.NDArray[np.generic]],
+        companions: dict[str, npt.NDArray[Any]],
         packed_sha256: str,
         error: float,
         signal: float,

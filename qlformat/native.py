@@ -1,0 +1,424 @@
+"""The native CPU kernels (kernels/include/qlf/qlf.h) through ctypes. Bit-equal to `reference`, and the GIL is released.
+
+Arrays are checked here for dtype, size, contiguity and overlap, so no call can reach memory outside them; a misuse is a
+one-line `NativeError`. Environment: QLF_NATIVE_LIB (path of the library, for tests), QLF_ISA (scalar, avx2, avx512 or
+neon), QLF_REQUIRE_NATIVE=1 (a library that cannot be loaded is an error instead of `available() == False`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qlformat.errors import NativeError, SourceError
+
+ABI_VERSION = 1
+ISA_LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
+MAX_THREADS = 256
+NESTED_BLOCKSIZE = 256
+
+Array = npt.NDArray[Any]
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+_BEST_ISA = -1
+_NOT_FINITE = 2
+_UNSUPPORTED_ISA = 3
+_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_QUANT_TYPES = {"nf4": 0, "fp4": 1}
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_CACHE_LINE = 64
+
+_P, _I32, _U32, _U64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "qlf_abi_version": (),
+    "qlf_isa_supported": (_I32,),
+    "qlf_quantize": (_P, _I32, _U64, _I32, _U32, _P, _P, _P, _P, _I32, _I32),
+    "qlf_dequantize": (_P, _P, _U64, _I32, _U32, _I32, _P, _I32, _I32),
+    "qlf_dequantize_nested": (_P, _P, _P, _F32, _U64, _U64, _I32, _U32, _I32, _P, _I32, _I32),
+    "qlf_double_quantize": (_P, _U64, _P, _P, _P, _P, _I32),
+    "qlf_double_dequantize": (_P, _P, _F32, _U64, _P),
+    "qlf_squared_error": (_P, _P, _U64, _P, _P),
+    "qlf_transpose": (_P, _U64, _U64, _U32, _P, _I32),
+}
+
+
+class NonFiniteError(SourceError):
+    """A NaN or infinity in the values to encode (rule E1); `block` is the index of the first block that holds one."""
+
+    def __init__(self, block: int, blocksize: int) -> None:
+        first = block * blocksize
+        found = f"found a NaN or infinity among elements {first} to {first + blocksize - 1}"
+        super().__init__(f"{found}, needed finite values; repair or skip the tensor", rule="E1")
+        self.block = block
+
+
+def _library_path() -> Path | None:
+    """The built library: QLF_NATIVE_LIB, beside this file, or in the site-packages that an editable install builds into.
+
+    `importlib.metadata` would find the last one too, but importing it costs 40 ms.
+    """
+    override = os.environ.get("QLF_NATIVE_LIB")
+    if override:
+        return Path(override)
+    name = "libqlf_cpu.dylib" if sys.platform == "darwin" else "libqlf_cpu.so"
+    candidates = [Path(__file__).parent / "_native" / name]
+    candidates += [Path(entry) / "qlformat" / "_native" / name for entry in sys.path if entry]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason in one line."""
+    path = _library_path()
+    if path is None:
+        return None, "libqlf_cpu is not installed; reinstall qlformat with a C++17 compiler on the PATH"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int32
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {' '.join(str(error).split())}"
+    found = library.qlf_abi_version()
+    if found != ABI_VERSION:
+        return None, f"{path} has interface version {found}, needed {ABI_VERSION}; reinstall qlformat"
+    return library, ""
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise NativeError(f"native kernels unavailable: {reason}")
+    return library
+
+
+def available() -> bool:
+    """Whether the native kernels can be used. With QLF_REQUIRE_NATIVE=1, raises NativeError when they cannot."""
+    if os.environ.get("QLF_REQUIRE_NATIVE") == "1":
+        _library()
+    return _load()[0] is not None
+
+
+def why_unavailable() -> str:
+    """The reason in one line, or "" when the kernels are available."""
+    return _load()[1]
+
+
+def isa_levels() -> list[str]:
+    """Names of the instruction sets that this library and processor can run; "scalar" is always among them."""
+    library = _library()
+    return [name for name, level in ISA_LEVELS.items() if library.qlf_isa_supported(level)]
+
+
+def default_threads() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    return min(os.cpu_count() or 1, MAX_THREADS)
+
+
+def _choice(what: str, value: str, choices: dict[str, int]) -> int:
+    if value not in choices:
+        raise NativeError(f"{what}: found {value!r}, needed one of {', '.join(choices)}")
+    return choices[value]
+
+
+def _isa(isa: str | None) -> int:
+    wanted = isa or os.environ.get("QLF_ISA")
+    return _choice("isa", wanted, ISA_LEVELS) if wanted else _BEST_ISA
+
+
+def _checked_blocksize(blocksize: int) -> int:
+    if blocksize not in _BLOCKSIZES:
+        raise NativeError(f"blocksize: found {blocksize!r}, needed one of {', '.join(map(str, _BLOCKSIZES))}")
+    return blocksize
+
+
+def _checked_threads(threads: int) -> int:
+    if not 1 <= threads <= MAX_THREADS:
+        raise NativeError(f"threads: found {threads!r}, needed 1 to {MAX_THREADS}")
+    return threads
+
+
+def _storage(dtype: str) -> tuple[npt.DTypeLike, ...]:
+    """NumPy dtypes that hold elements of `dtype`; the first is the one returned."""
+    _choice("dtype", dtype, _DTYPES)
+    return {"float32": (np.float32,), "float16": (np.float16, np.uint16), "bfloat16": (np.uint16,)}[dtype]
+
+
+def _checked(name: str, array: Array, dtypes: Sequence[npt.DTypeLike], size: int, *, writable: bool = False) -> int:
+    """Address of a C-contiguous array of exactly `size` elements of one of `dtypes`."""
+    if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
+        needed = " or ".join(str(np.dtype(dtype)) for dtype in dtypes)
+        raise NativeError(f"{name}: found {getattr(array, 'dtype', type(array).__name__)}, needed {needed}")
+    if array.size != size:
+        raise NativeError(f"{name}: found {array.size} elements, needed {size}")
+    if not array.flags.c_contiguous or (writable and not array.flags.writeable):
+        raise NativeError(f"{name}: needed a C-contiguous{' writable' if writable else ''} array")
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _disjoint(outputs: Sequence[Array], inputs: Sequence[Array]) -> None:
+    arrays = [*outputs, *inputs]
+    for i, output in enumerate(outputs):
+        if any(np.may_share_memory(output, other) for other in arrays[i + 1 :]):
+            raise NativeError("an output array overlaps another array; pass separate memory")
+
+
+def _aligned(size: int, dtype: npt.DTypeLike) -> Array:
+    """Uninitialized array on a cache-line boundary, where the kernels may use streaming stores."""
+    nbytes = size * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + _CACHE_LINE, dtype=np.uint8)
+    start = -raw.__array_interface__["data"][0] % _CACHE_LINE
+    return raw[start : start + nbytes].view(dtype)
+
+
+def _raise(status: int) -> None:
+    if status == _UNSUPPORTED_ISA:
+        raise NativeError(f"isa: this processor or library has only {', '.join(isa_levels())}")
+    if status:
+        raise NativeError(f"the native kernels refused their arguments (status {status})")
+
+
+def _blocks(n: int, blocksize: int) -> int:
+    return -(-n // blocksize)
+
+
+def quantize(
+    src: Array,
+    *,
+    dtype: str,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    packed: U8 | None = None,
+    absmax: F32 | None = None,
+    moments: F32 | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[U8, F32]:
+    """Encode all n elements of `src` (spec section "Encoding").
+
+    A tensor may be encoded in pieces that start at multiples of blocksize; the bytes are the same.
+
+    Args:
+        src: float32, float16, or uint16 holding the bits of `dtype`; any shape, C-contiguous.
+        dtype: "float32", "float16" or "bfloat16".
+        packed, absmax: uint8 [ceil(n/2)] and float32 [nb] to fill, nb = ceil(n/blocksize); allocated when None.
+        moments: float32 [nb, 3] to fill with the sums of `reference.block_moments`, or None.
+        threads: 1 to 256. The result does not depend on it.
+        isa: "scalar", "avx2", "avx512", "neon"; None: QLF_ISA, or the best available.
+
+    Returns:
+        packed and absmax.
+
+    Raises:
+        NonFiniteError: a NaN or infinity (rule E1). The output arrays then hold anything.
+        NativeError: unusable arguments, or no library.
+    """
+    library = _library()
+    source = _checked("src", src, _storage(dtype), getattr(src, "size", 0))
+    nb = _blocks(src.size, _checked_blocksize(blocksize))
+    packed = np.empty(_blocks(src.size, 2), dtype=np.uint8) if packed is None else packed
+    absmax = np.empty(nb, dtype=np.float32) if absmax is None else absmax
+    _disjoint([packed, absmax] + ([] if moments is None else [moments]), [src])
+    bad_block = ctypes.c_uint64()
+    status = library.qlf_quantize(
+        source,
+        _DTYPES[dtype],
+        src.size,
+        _choice("quant_type", quant_type, _QUANT_TYPES),
+        blocksize,
+        _checked("packed", packed, (np.uint8,), _blocks(src.size, 2), writable=True),
+        _checked("absmax", absmax, (np.float32,), nb, writable=True),
+        None if moments is None else _checked("moments", moments, (np.float32,), 3 * nb, writable=True),
+        ctypes.byref(bad_block),
+        _checked_threads(threads),
+        _isa(isa),
+    )
+    if status == _NOT_FINITE:
+        raise NonFiniteError(bad_block.value, blocksize)
+    _raise(status)
+    return packed, absmax
+
+
+def _decode_target(n: int, dtype: str, out: Array | None, inputs: Sequence[Array]) -> tuple[Array, int]:
+    if n < 0:
+        raise NativeError(f"n: found {n}, needed at least 0")
+    if out is None:
+        out = _aligned(n, _storage(dtype)[0])
+    address = _checked("out", out, _storage(dtype), n, writable=True)
+    _disjoint([out], inputs)
+    return out, address
+
+
+def dequantize(
+    packed: U8,
+    absmax: F32,
+    n: int,
+    *,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    dtype: str = "float32",
+    out: Array | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> Array:
+    """Decode n elements (spec section "Decoding") from uint8 [ceil(n/2)] and float32 [ceil(n/blocksize)].
+
+    To decode a piece that starts at a multiple of blocksize, pass that part of both arrays.
+
+    Returns:
+        `out`, or a new array [n]: float32, float16, or uint16 with the bits of bfloat16; rounded to nearest even.
+
+    Raises:
+        NativeError: unusable arguments, or no library.
+    """
+    library = _library()
+    out, target = _decode_target(n, dtype, out, [packed, absmax])
+    status = library.qlf_dequantize(
+        _checked("packed", packed, (np.uint8,), _blocks(n, 2)),
+        _checked("absmax", absmax, (np.float32,), _blocks(n, _checked_blocksize(blocksize))),
+        n,
+        _choice("quant_type", quant_type, _QUANT_TYPES),
+        blocksize,
+        _DTYPES[dtype],
+        target,
+        _checked_threads(threads),
+        _isa(isa),
+    )
+    _raise(status)
+    return out
+
+
+def dequantize_nested(
+    packed: U8,
+    absmax: U8,
+    nested_absmax: F32,
+    nested_offset: float | np.float32,
+    n: int,
+    *,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    dtype: str = "float32",
+    out: Array | None = None,
+    first_block: int = 0,
+    threads: int = 1,
+    isa: str | None = None,
+) -> Array:
+    """Decode n elements whose absmax is double-quantized, both levels in one pass.
+
+    Args:
+        packed, absmax: uint8 [ceil(n/2)] and uint8 [nb], the piece to decode.
+        nested_absmax: float32, the whole tensor's: at least ceil((first_block + nb) / 256).
+        first_block: number of the piece's first block in the tensor.
+
+    Returns, raises: as `dequantize`.
+    """
+    library = _library()
+    out, target = _decode_target(n, dtype, out, [packed, absmax, nested_absmax])
+    nb = _blocks(n, _checked_blocksize(blocksize))
+    needed = _blocks(first_block + nb, NESTED_BLOCKSIZE)
+    nested_size = getattr(nested_absmax, "size", 0)
+    if first_block < 0 or (nb and nested_size < needed):
+        raise NativeError(f"nested_absmax: found {nested_size} elements, needed {needed} for first_block {first_block}")
+    status = library.qlf_dequantize_nested(
+        _checked("packed", packed, (np.uint8,), _blocks(n, 2)),
+        _checked("absmax", absmax, (np.uint8,), nb),
+        _checked("nested_absmax", nested_absmax, (np.float32,), nested_size),
+        nested_offset,
+        first_block,
+        n,
+        _choice("quant_type", quant_type, _QUANT_TYPES),
+        blocksize,
+        _DTYPES[dtype],
+        target,
+        _checked_threads(threads),
+        _isa(isa),
+    )
+    _raise(status)
+    return out
+
+
+def double_quantize(absmax: F32, *, threads: int = 1) -> tuple[U8, F32, np.float32]:
+    """Quantize absmax float32 [nb], nb >= 1, to uint8 codes [nb], nested_absmax float32 [ceil(nb/256)] and an offset.
+
+    Raises:
+        NonFiniteError: a NaN or infinity in absmax.
+        NativeError: unusable arguments, or no library.
+    """
+    library = _library()
+    source = _checked("absmax", absmax, (np.float32,), max(getattr(absmax, "size", 0), 1))
+    codes = np.empty(absmax.size, dtype=np.uint8)
+    nested = np.empty(_blocks(absmax.size, NESTED_BLOCKSIZE), dtype=np.float32)
+    offset, bad = ctypes.c_float(), ctypes.c_uint64()
+    status = library.qlf_double_quantize(
+        source,
+        absmax.size,
+        codes.ctypes.data,
+        nested.ctypes.data,
+        ctypes.byref(offset),
+        ctypes.byref(bad),
+        _checked_threads(threads),
+    )
+    if status == _NOT_FINITE:
+        raise NonFiniteError(bad.value, 1)
+    _raise(status)
+    return codes, nested, np.float32(offset.value)
+
+
+def double_dequantize(codes: U8, nested_absmax: F32, offset: float | np.float32) -> F32:
+    """Decode absmax float32 [nb] from uint8 codes [nb] and nested_absmax float32 [ceil(nb/256)].
+
+    Raises:
+        NativeError: unusable arguments, or no library.
+    """
+    library = _library()
+    source = _checked("codes", codes, (np.uint8,), getattr(codes, "size", 0))
+    nested = _checked("nested_absmax", nested_absmax, (np.float32,), _blocks(codes.size, NESTED_BLOCKSIZE))
+    absmax = np.empty(codes.size, dtype=np.float32)
+    _raise(library.qlf_double_dequantize(source, nested, offset, codes.size, absmax.ctypes.data))
+    return absmax
+
+
+def squared_error(absmax: F32, moments: F32) -> tuple[float, float]:
+    """Squared error and squared norm of a tensor from its decoded absmax [nb] and moments [nb, 3].
+
+    Raises:
+        NativeError: unusable arguments, or no library.
+    """
+    library = _library()
+    scales = _checked("absmax", absmax, (np.float32,), getattr(absmax, "size", 0))
+    sums = _checked("moments", moments, (np.float32,), 3 * absmax.size)
+    error, signal = ctypes.c_double(), ctypes.c_double()
+    _raise(library.qlf_squared_error(scales, sums, absmax.size, ctypes.byref(error), ctypes.byref(signal)))
+    return error.value, signal.value
+
+
+def transpose(src: Array, *, out: Array | None = None, threads: int = 1) -> Array:
+    """Transpose a C-contiguous [rows, cols] array of 2- or 4-byte elements into a new array (or `out`) [cols, rows].
+
+    Raises:
+        NativeError: unusable arguments, or no library.
+    """
+    library = _library()
+    if not isinstance(src, np.ndarray) or src.ndim != 2 or src.itemsize not in (2, 4):
+        raise NativeError("src: needed a two-dimensional array of 2- or 4-byte elements")
+    rows, cols = src.shape
+    target = np.empty((cols, rows), dtype=src.dtype) if out is None else out
+    if target.shape != (cols, rows):
+        raise NativeError(f"out: found shape {target.shape}, needed {(cols, rows)}")
+    _disjoint([target], [src])
+    source = _checked("src", src, (src.dtype,), src.size)
+    address = _checked("out", target, (src.dtype,), src.size, writable=True)
+    _raise(library.qlf_transpose(source, rows, cols, src.itemsize, address, _checked_threads(threads)))
+    return target
