@@ -42,11 +42,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
-            raise QlfError(f"quant_type {self.quant_type!r} is unknown; use one of {', '.join(QUANT_TYPES)}")
+            raise QlfError(f"quant_type {shown(self.quant_type)} is unknown; use one of {', '.join(QUANT_TYPES)}")
         if self.blocksize not in BLOCKSIZES:
-            raise QlfError(f"blocksize {self.blocksize} is not supported; use one of {', '.join(map(str, BLOCKSIZES))}")
+            raise QlfError(
+                f"blocksize {shown(self.blocksize)} is not supported; use one of {', '.join(map(str, BLOCKSIZES))}"
+            )
         if self.compute_dtype not in SOURCE_DTYPES:
-            raise QlfError(f"compute dtype {self.compute_dtype!r} is unknown; use one of {', '.join(SOURCE_DTYPES)}")
+            raise QlfError(
+                f"compute dtype {shown(self.compute_dtype)} is unknown; use one of {', '.join(SOURCE_DTYPES)}"
+            )
 
 
 @dataclass(frozen=True)

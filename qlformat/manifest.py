@@ -147,7 +147,7 @@ def parse(data: bytes) -> Manifest:
     keys = _strings(root, "must_understand")
     unknown = sorted(set(keys) - UNDERSTOOD)
     if unknown:
-        raise _bad("M3", f"the checkpoint needs a reader that understands {', '.join(unknown)}; upgrade qlformat")
+        raise _bad("M3", f"the checkpoint needs a reader that understands {shown(unknown)}; upgrade qlformat")
     if root.get("kind") != "base":
         raise _bad("M1", f"found kind {shown(root.get('kind'))}, needed 'base'")
     recipe, skip = _recipe(_object(root, "recipe"))
@@ -296,4 +296,4 @@ def is_plain_path(name: str) -> bool:
 def _check_unique(names: list[str], what: str) -> None:
     if len(set(names)) != len(names):
         repeated = [name for name, count in Counter(names).items() if count > 1][:3]
-        raise _bad("M1", f"{what} lists {repeated} more than once")
+        raise _bad("M1", f"{what} lists {shown(repeated)} more than once")
