@@ -220,7 +220,7 @@ def _shape(parent: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _number(parent: Mapping[str, Any], key: str) -> float | None:
     value = parent.get(key)
-    if value is not None and (type(value) not in (int, float) or value < 0):
+    if value is not None and (type(value) not in (int, float) or not 0 <= value < 1e300):
         raise _bad("M1", f"{key} is {shown(value)}, needed a number that is not negative")
     return None if value is None else float(value)
 
