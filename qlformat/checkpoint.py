@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlformat import codec, manifest, reference
+from qlformat import codec, manifest, native, reference
 from qlformat.errors import FormatError, QlfError
 from qlformat.layout import NESTED_BLOCKSIZE, QuantState
 from qlformat.stored import StoredCheckpoint
@@ -70,7 +69,7 @@ class Checkpoint(StoredCheckpoint):
     def fingerprint(self, threads: int | None = None) -> str:
         """The fingerprint, computed from the bytes of all tensors (the manifest is not asked)."""
         names = list(self.tensors)
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(threads or native.default_threads()) as pool:
             hashes = list(pool.map(self.tensor_sha256, names))
         infos = [self.tensors[name].info for name in names]
         return manifest.fingerprint((i.name, i.dtype, i.shape, h) for i, h in zip(infos, hashes, strict=True))
@@ -198,9 +197,9 @@ def cast(values: AnyArray, source: str, target: str) -> AnyArray:
     """Elements of one torch dtype as another, nearest with ties to even; NaN stays NaN. bfloat16 as uint16 bits."""
     if source == target:
         return values
-    wide = reference.to_float32(values, source)
-    if target != "bfloat16":
-        with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # beyond the target's range the nearest value is infinity
+        wide = reference.to_float32(values, source)
+        if target != "bfloat16":
             return wide.astype(NUMPY_DTYPES[target])
     narrow = reference.from_float32(wide, target).view(np.uint16)
     narrow[np.isnan(wide)] = 0x7FC0

@@ -14,7 +14,7 @@ from qlformat.shards import ALIGNMENT
 from qlformat.stored import CONFIG_NAME, StoredCheckpoint
 from qlformat.weights import Report, Severity, Weight
 
-_ANCHORED = re.compile(r"\^(?P<name>(?:\\.|[^\\^$*+?()|{}\[\]])*)\$", re.DOTALL)
+_ANCHORED = re.compile(r"\^(?P<name>(?:\\[^A-Za-z0-9]|[^\\^$.*+?()|{}\[\]])*)\$", re.DOTALL)
 _PLAIN_ENTRY = re.compile(r"[\w.-]*")
 
 
@@ -119,8 +119,11 @@ def _difference(where: str, found: Any, needed: Any) -> str | None:
 
 def _check_tensor_list(checkpoint: StoredCheckpoint, parsed: manifest.Manifest, report: Report) -> None:
     listed = {entry.name: entry for entry in parsed.tensors}
-    known_shards = set(checkpoint.weight_files.names) if checkpoint.weight_files else set()
-    unreadable = known_shards - checkpoint.shards.keys()
+    if checkpoint.weight_files is None:
+        message = f"none of the {len(listed)} tensors that it lists can be found"
+        report(FormatError(message, rule="M4", file=manifest.FILE_NAME))
+        return
+    unreadable = set(checkpoint.weight_files.names) - checkpoint.shards.keys()
     for name, entry in listed.items():
         stored = checkpoint.tensors.get(name)
         if stored is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import os
 import sys
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ class NonFiniteError(SourceError):
 
 
 def _library_path() -> Path | None:
-    """The built library: QLF_NATIVE_LIB, beside this file, or in the site-packages that an editable install builds into.
+    """The built library: QLF_NATIVE_LIB, beside this file, or in the site-packages of an editable install.
 
     `importlib.metadata` would find the last one too, but importing it costs 40 ms.
     """
@@ -137,16 +138,27 @@ def _isa(isa: str | None) -> int:
     return _choice("isa", wanted, ISA_LEVELS) if wanted else _BEST_ISA
 
 
-def _checked_blocksize(blocksize: int) -> int:
-    if blocksize not in _BLOCKSIZES:
+def _integer(what: str, value: Any, least: int, most: int = 1 << 48) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        raise NativeError(f"{what}: found {value!r}, needed an integer from {least} to {most}")
+    return number
+
+
+def _checked_blocksize(blocksize: Any) -> int:
+    if _integer("blocksize", blocksize, _BLOCKSIZES[0], _BLOCKSIZES[-1]) not in _BLOCKSIZES:
         raise NativeError(f"blocksize: found {blocksize!r}, needed one of {', '.join(map(str, _BLOCKSIZES))}")
-    return blocksize
+    return operator.index(blocksize)
 
 
-def _checked_threads(threads: int) -> int:
-    if not 1 <= threads <= MAX_THREADS:
-        raise NativeError(f"threads: found {threads!r}, needed 1 to {MAX_THREADS}")
-    return threads
+def _real(what: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise NativeError(f"{what}: found {value!r}, needed a number") from None
 
 
 def _storage(dtype: str) -> tuple[npt.DTypeLike, ...]:
@@ -226,11 +238,17 @@ def quantize(
         NativeError: unusable arguments, or no library.
     """
     library = _library()
+    blocksize = _checked_blocksize(blocksize)
     source = _checked("src", src, _storage(dtype), getattr(src, "size", 0))
-    nb = _blocks(src.size, _checked_blocksize(blocksize))
+    nb = _blocks(src.size, blocksize)
     packed = np.empty(_blocks(src.size, 2), dtype=np.uint8) if packed is None else packed
     absmax = np.empty(nb, dtype=np.float32) if absmax is None else absmax
-    _disjoint([packed, absmax] + ([] if moments is None else [moments]), [src])
+    targets = [
+        _checked("packed", packed, (np.uint8,), _blocks(src.size, 2), writable=True),
+        _checked("absmax", absmax, (np.float32,), nb, writable=True),
+        None if moments is None else _checked("moments", moments, (np.float32,), 3 * nb, writable=True),
+    ]
+    _disjoint([packed, absmax, *([] if moments is None else [moments])], [src])
     bad_block = ctypes.c_uint64()
     status = library.qlf_quantize(
         source,
@@ -238,11 +256,9 @@ def quantize(
         src.size,
         _choice("quant_type", quant_type, _QUANT_TYPES),
         blocksize,
-        _checked("packed", packed, (np.uint8,), _blocks(src.size, 2), writable=True),
-        _checked("absmax", absmax, (np.float32,), nb, writable=True),
-        None if moments is None else _checked("moments", moments, (np.float32,), 3 * nb, writable=True),
+        *targets,
         ctypes.byref(bad_block),
-        _checked_threads(threads),
+        _integer("threads", threads, 1, MAX_THREADS),
         _isa(isa),
     )
     if status == _NOT_FINITE:
@@ -252,10 +268,7 @@ def quantize(
 
 
 def _decode_target(n: int, dtype: str, out: Array | None, inputs: Sequence[Array]) -> tuple[Array, int]:
-    if n < 0:
-        raise NativeError(f"n: found {n}, needed at least 0")
-    if out is None:
-        out = _aligned(n, _storage(dtype)[0])
+    out = _aligned(n, _storage(dtype)[0]) if out is None else out
     address = _checked("out", out, _storage(dtype), n, writable=True)
     _disjoint([out], inputs)
     return out, address
@@ -284,16 +297,19 @@ def dequantize(
         NativeError: unusable arguments, or no library.
     """
     library = _library()
+    n, blocksize = _integer("n", n, 0), _checked_blocksize(blocksize)
+    codes = _checked("packed", packed, (np.uint8,), _blocks(n, 2))
+    scales = _checked("absmax", absmax, (np.float32,), _blocks(n, blocksize))
     out, target = _decode_target(n, dtype, out, [packed, absmax])
     status = library.qlf_dequantize(
-        _checked("packed", packed, (np.uint8,), _blocks(n, 2)),
-        _checked("absmax", absmax, (np.float32,), _blocks(n, _checked_blocksize(blocksize))),
+        codes,
+        scales,
         n,
         _choice("quant_type", quant_type, _QUANT_TYPES),
         blocksize,
         _DTYPES[dtype],
         target,
-        _checked_threads(threads),
+        _integer("threads", threads, 1, MAX_THREADS),
         _isa(isa),
     )
     _raise(status)
@@ -325,24 +341,27 @@ def dequantize_nested(
     Returns, raises: as `dequantize`.
     """
     library = _library()
-    out, target = _decode_target(n, dtype, out, [packed, absmax, nested_absmax])
-    nb = _blocks(n, _checked_blocksize(blocksize))
-    needed = _blocks(first_block + nb, NESTED_BLOCKSIZE)
-    nested_size = getattr(nested_absmax, "size", 0)
-    if first_block < 0 or (nb and nested_size < needed):
+    n, blocksize = _integer("n", n, 0), _checked_blocksize(blocksize)
+    first_block, nb = _integer("first_block", first_block, 0), _blocks(n, blocksize)
+    nested_size, needed = getattr(nested_absmax, "size", 0), _blocks(first_block + nb, NESTED_BLOCKSIZE)
+    if nb and nested_size < needed:
         raise NativeError(f"nested_absmax: found {nested_size} elements, needed {needed} for first_block {first_block}")
-    status = library.qlf_dequantize_nested(
+    addresses = [
         _checked("packed", packed, (np.uint8,), _blocks(n, 2)),
         _checked("absmax", absmax, (np.uint8,), nb),
         _checked("nested_absmax", nested_absmax, (np.float32,), nested_size),
-        nested_offset,
+    ]
+    out, target = _decode_target(n, dtype, out, [packed, absmax, nested_absmax])
+    status = library.qlf_dequantize_nested(
+        *addresses,
+        _real("nested_offset", nested_offset),
         first_block,
         n,
         _choice("quant_type", quant_type, _QUANT_TYPES),
         blocksize,
         _DTYPES[dtype],
         target,
-        _checked_threads(threads),
+        _integer("threads", threads, 1, MAX_THREADS),
         _isa(isa),
     )
     _raise(status)
@@ -368,7 +387,7 @@ def double_quantize(absmax: F32, *, threads: int = 1) -> tuple[U8, F32, np.float
         nested.ctypes.data,
         ctypes.byref(offset),
         ctypes.byref(bad),
-        _checked_threads(threads),
+        _integer("threads", threads, 1, MAX_THREADS),
     )
     if status == _NOT_FINITE:
         raise NonFiniteError(bad.value, 1)
@@ -386,7 +405,7 @@ def double_dequantize(codes: U8, nested_absmax: F32, offset: float | np.float32)
     source = _checked("codes", codes, (np.uint8,), getattr(codes, "size", 0))
     nested = _checked("nested_absmax", nested_absmax, (np.float32,), _blocks(codes.size, NESTED_BLOCKSIZE))
     absmax = np.empty(codes.size, dtype=np.float32)
-    _raise(library.qlf_double_dequantize(source, nested, offset, codes.size, absmax.ctypes.data))
+    _raise(library.qlf_double_dequantize(source, nested, _real("offset", offset), codes.size, absmax.ctypes.data))
     return absmax
 
 
@@ -415,10 +434,12 @@ def transpose(src: Array, *, out: Array | None = None, threads: int = 1) -> Arra
         raise NativeError("src: needed a two-dimensional array of 2- or 4-byte elements")
     rows, cols = src.shape
     target = np.empty((cols, rows), dtype=src.dtype) if out is None else out
+    source = _checked("src", src, (src.dtype,), src.size)
+    address = _checked("out", target, (src.dtype,), src.size, writable=True)
     if target.shape != (cols, rows):
         raise NativeError(f"out: found shape {target.shape}, needed {(cols, rows)}")
     _disjoint([target], [src])
-    source = _checked("src", src, (src.dtype,), src.size)
-    address = _checked("out", target, (src.dtype,), src.size, writable=True)
-    _raise(library.qlf_transpose(source, rows, cols, src.itemsize, address, _checked_threads(threads)))
+    _raise(
+        library.qlf_transpose(source, rows, cols, src.itemsize, address, _integer("threads", threads, 1, MAX_THREADS))
+    )
     return target

@@ -72,6 +72,10 @@ class SourceComparison:
 
     def _file_tasks(self, recorded: tuple[FileEntry, ...]) -> Iterator[Callable[[], None]]:
         paths = dict(self._source.files)
+        if not recorded:
+            message = "it records no source files: their hashes could not be checked"
+            self._report(FormatError(message, rule="E6", file=FILE_NAME), "note")
+            return
         for entry in recorded:
             if entry.name in paths:
                 yield partial(self._compare_file, entry)
@@ -249,7 +253,7 @@ def _code_steps(codes: U8, residual: F32, largest: F32) -> npt.NDArray[np.int16]
     """How many codes each stored 8-bit code is away from the nearest one."""
     scale = np.repeat(np.maximum(largest, SMALLEST_DIVISOR), NESTED_BLOCKSIZE)[: codes.size]
     nearest = np.searchsorted(DYNAMIC8_THRESHOLDS, residual / scale).astype(np.int16)
-    steps = np.abs(codes - nearest)
+    steps: npt.NDArray[np.int16] = np.abs(codes.astype(np.int16) - nearest)
     steps[np.repeat(largest == 0, NESTED_BLOCKSIZE)[: codes.size]] = 0  # any code decodes to the mean there
     return steps
 

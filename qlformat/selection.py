@@ -117,6 +117,14 @@ def is_conv1d(config: Mapping[str, Any], name: str) -> bool:
     return model.reason(loaded.removesuffix(".weight"), (1, 1)) == "conv1d"
 
 
+def rule_by_name(module: str) -> str:
+    """What the last component of a module's name says of its 2-D weight: "embedding", "router" or "linear"."""
+    leaf = module.rpartition(".")[2]
+    if _EMBEDDING.fullmatch(leaf):
+        return "embedding"
+    return "router" if _ROUTER.fullmatch(leaf) else "linear"
+
+
 def _structural_reason(loaded: str, parts: Sequence[str], shape: tuple[int, ...]) -> str | None:
     """The reason why a tensor cannot be quantized whatever its module is, or None."""
     if not shape:
@@ -237,12 +245,12 @@ class _Rules:
             {key: (kind, module) for key, (kind, module) in entry.get("parts", {}).items()},
         )
 
-    def patterns(self) -> list[tuple[re.Pattern[str], str]]:
+    def patterns(self, skip: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:
         """(expression on a module's name with its numbers written `*`, reason), first match wins."""
         ends = [(glob, "linear") for glob in self.linear] + [(glob, "conv1d") for glob in self.conv1d]
         ends += self.keep.items()
         found = [(_glob(glob) + "$", reason) for glob, reason in ends]
-        found += [(_glob(glob) + r"(?:\.|$)", reason) for glob, reason in self.skip.items()]
+        found += [(_glob(glob) + r"(?:\.|$)", reason) for glob, reason in self.skip.items() if glob in skip]
         return [(re.compile(expression), reason) for expression, reason in found]
 
 
@@ -262,7 +270,8 @@ class _Model:
             self.notes.append(f"class {wanted!r} of model type {model_type!r} is unknown: treated like {classes[0]}")
         rules = _Rules.of(model_type, wanted if wanted in classes else classes[0] if classes else "")
         others = self._other_parts(config, rules)
-        self.skip = list(rules.skip)
+        tied = config.get("tie_word_embeddings") is not False
+        self.skip = [entry for entry, reason in rules.skip.items() if tied or reason != "tied"]
         self._base = rules.base if self.known else ""
         self._roots = rules.roots
         self._load = [step for step in rules.load if not any(_inside(step[1], scope) for scope, _ in others)]
@@ -270,7 +279,8 @@ class _Model:
         self._vocab = config.get("vocab_size")
         text = config.get("text_config")
         self._layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
-        self._patterns = [pattern for r in (rules, *(other for _, other in others)) for pattern in r.patterns()]
+        self._patterns = rules.patterns(self.skip)
+        self._patterns += [pattern for _, other in others for pattern in other.patterns(self.skip)]
         self.has_conv1d = any(reason == "conv1d" for _, reason in self._patterns)
         self._cache: dict[tuple[str, bool], str] = {}
 
@@ -307,13 +317,11 @@ class _Model:
         for regex, reason in self._patterns:
             if regex.match(module):
                 return reason
-        leaf = module.rpartition(".")[2]
-        if _EMBEDDING.fullmatch(leaf):
-            return "embedding"
-        if _ROUTER.fullmatch(leaf):
-            return "router"
-        head = vocabulary or _HEAD.fullmatch(leaf) or _TOP_LEVEL_HEAD.fullmatch(module)
-        return "output-embedding" if head and not self.known else "linear"
+        reason = rule_by_name(module)
+        if self.known or reason != "linear":
+            return reason
+        head = vocabulary or _HEAD.fullmatch(module.rpartition(".")[2]) or _TOP_LEVEL_HEAD.fullmatch(module)
+        return "output-embedding" if head else "linear"
 
     def linear_modules(self, loaded: str, parts: Sequence[str], shape: tuple[int, ...], reason: str) -> set[str]:
         """The modules that get the tensor `loaded`, which stays as it is, and that are or may be an nn.Linear."""
@@ -341,10 +349,11 @@ def _transforms(group: str, scope: str | None, base: str) -> tuple[_Transform, .
         prefixes = (f"{base}.{inner}" if base else inner, inner)
     found = []
     for step in _table()["conversions"][group]:
-        merge = step.get("merge")
-        pairs = [[source, merge[0]] for source in step["from"]] if merge else step["rename"]
+        shift = isinstance(step, dict) and "shift" in step
+        into = [] if shift or isinstance(step, list) else step["into"]
+        pairs = [[source, into[0]] for source in step["from"]] if into else step["shift"] if shift else [step]
         branches = tuple((re.compile(source), target) for source, target in pairs)
-        found.append(_Transform(branches, tuple(merge or ()), prefixes, len(branches) > 1 and not merge))
+        found.append(_Transform(branches, tuple(into), prefixes, shift))
     return tuple(found)
 
 

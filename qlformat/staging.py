@@ -91,10 +91,10 @@ class Staging:
 
     def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False, source: Path | None = None) -> None:
         self.out = Path(os.path.realpath(out))
-        self.path = self.out.with_name(f".{self.out.name}.qlf-partial")
+        self.path = self.out.parent / f".{self.out.name}.qlf-partial"
         self.keep = False
         self._overwrite = overwrite
-        self._old = self.out.with_name(f".{self.out.name}.qlf-old")
+        self._old = self.out.parent / f".{self.out.name}.qlf-old"
         self._parents = _missing_parents(self.out)
         self._lock = -1
         self.resumed = True

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qlformat import manifest, remote, repository
+from qlformat import manifest, native, remote, repository
 from qlformat.checkpoint import CHUNK_ELEMENTS, Checkpoint
 from qlformat.codebook import CODEBOOKS
 from qlformat.consistency import check_consistency
@@ -77,7 +77,7 @@ def verify(
     with Checkpoint(remote.local_directory(path), findings.add) as checkpoint:
         check_consistency(checkpoint, findings.add)
         work = _Work(checkpoint, findings, progress)
-        workers = threads or len(os.sched_getaffinity(0))
+        workers = threads or native.default_threads()
         if source is None:
             work.run(workers)
         else:
@@ -254,15 +254,20 @@ class _Work:
             found = self._hashes.get(entry.name)
             if found is not None and found != entry.sha256:
                 self._bad("M5", f"found sha256 {found}, qlf.json says {entry.sha256}; fetch it again", entry.name)
-        if checkpoint.weight_files is None or len(checkpoint.shards) < len(checkpoint.weight_files.names):
-            return  # without all shards there is no fingerprint; what is wrong with them is found already
-        if self._hashes.keys() != checkpoint.tensors.keys():
-            return
-        infos = [stored.info for stored in checkpoint.tensors.values()]
-        computed = manifest.fingerprint((i.name, i.dtype, i.shape, self._hashes[i.name]) for i in infos)
-        if computed != self._manifest.fingerprint:
-            message = f"the tensors have fingerprint {computed}, qlf.json says {self._manifest.fingerprint}"
-            self._report(FormatError(message, rule="M7", file=manifest.FILE_NAME))
+        recorded = self._manifest.fingerprint
+        listed = manifest.fingerprint((e.name, e.dtype, e.shape, e.sha256) for e in self._manifest.tensors)
+        if listed != recorded:
+            self._bad_fingerprint(f"the tensors that it lists have fingerprint {listed}, it says {recorded}")
+        # Without all shards the bytes have no fingerprint; what is wrong with the shards is found already.
+        complete = checkpoint.weight_files is not None and len(checkpoint.shards) == len(checkpoint.weight_files.names)
+        if complete and self._hashes.keys() == checkpoint.tensors.keys():
+            infos = [stored.info for stored in checkpoint.tensors.values()]
+            stored = manifest.fingerprint((i.name, i.dtype, i.shape, self._hashes[i.name]) for i in infos)
+            if stored not in (recorded, listed):
+                self._bad_fingerprint(f"the stored tensors have fingerprint {stored}, it says {recorded}")
+
+    def _bad_fingerprint(self, message: str) -> None:
+        self._report(FormatError(message, rule="M7", file=manifest.FILE_NAME))
 
     def _bad(self, rule: str, message: str, tensor: str, severity: Severity = "error") -> None:
         shard = self._checkpoint.tensors[tensor].shard

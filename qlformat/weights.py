@@ -179,9 +179,11 @@ class _Finder:
             elif stored != state_name:
                 sound &= self._check_shape(stored, stored[len(name) + 1 :], dtype, shape)
         for suffix, stored in group.names.items():
-            if stored not in specs:
+            if stored in specs:
+                continue
+            sound = False
+            if not suffix.startswith(QUANT_STATE_PREFIX):  # those are reported by _state
                 self._bad("T2", stored, f"found {suffix} although the quant_state says there is no double quantization")
-                sound = False
         return Weight(name, state.shape, state.dtype, state) if sound else None
 
     def _state(self, name: str, group: _Group) -> QuantState | None:

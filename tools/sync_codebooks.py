@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def bits(name: str) -> list[str]:
+def bits(name: str, key: str = "bits") -> list[str]:
     """The float32 bit patterns of one codebook, as hexadecimal literals."""
-    found: list[str] = json.loads((ROOT / "spec" / "codebooks" / f"{name}.json").read_text())["bits"]
+    found: list[str] = json.loads((ROOT / "spec" / "codebooks" / f"{name}.json").read_text())[key]
     return found
 
 
@@ -30,6 +30,7 @@ def render() -> str:
         + block("FP4_BITS", bits("fp4"))
         + block("FP4_SORTED_CODES", [str(code) for code in order], 16)
         + block("DYNAMIC8_BITS", bits("dynamic8"))
+        + block("DYNAMIC8_THRESHOLD_BITS", bits("dynamic8", "threshold_bits"))
         + "# fmt: on\n"
     )
 

@@ -1,0 +1,82 @@
+"""`qlf verify`: is this checkpoint sound?"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from qlf import options, output
+from qlf.progress import progress
+
+if TYPE_CHECKING:
+    from qlformat import Finding
+
+_MOST_ON_A_TERMINAL = 40
+
+EPILOG = """\b
+PATH is a directory or a Hub repository ORG/MODEL[@revision], which is
+downloaded.
+\b
+Checks the structure, every rule of the format, every hash and that each tensor
+decodes. With --source the weights are quantized again and compared bit by bit.
+4-bit repositories that bitsandbytes wrote itself are checked as far as they go.
+\b
+Exit code: 0 sound, 1 findings, 2 wrong usage.
+\b
+Examples:
+  qlf verify my-model-nf4
+  qlf verify my-model-nf4 --source ORG/MODEL
+  qlf verify my-model-nf4 --json | jq '.findings[].rule'
+"""
+
+
+@click.command("verify", context_settings=options.CONTEXT, epilog=EPILOG)
+@click.argument("path", type=click.Path())
+@click.option("--source", metavar="SRC", type=click.Path(), help="The 16- or 32-bit model that it was made from.")
+@options.threads
+@options.quiet
+@options.common
+def command(path: str, source: str | None, threads: int | None, quiet: bool, as_json: bool) -> int:
+    """Check every byte of the checkpoint PATH against the format."""
+    from qlformat import verify
+
+    started = time.monotonic()
+    with progress(quiet) as listener:
+        found = verify(path, source=source, threads=threads, progress=listener)
+    took = time.monotonic() - started
+    findings = [finding for finding in found if finding.severity == "error"]
+    notes = [finding for finding in found if finding.severity != "error"]
+    if as_json:
+        output.emit_json(
+            {
+                "path": path,
+                "sound": not findings,
+                "findings": [asdict(finding) for finding in findings],
+                "notes": [asdict(finding) for finding in notes],
+                "seconds": round(took, 3),
+            }
+        )
+    else:
+        _tell(path, findings, notes, took)
+    return 1 if findings else 0
+
+
+def _tell(path: str, findings: Sequence[Finding], notes: Sequence[Finding], took: float) -> None:
+    rows = [f"{found.rule}  {_where(found)}{found.message}" for found in findings]
+    rows += [f"note: {_where(note)}{note.message} ({note.rule})" for note in notes]
+    most = _MOST_ON_A_TERMINAL if output.interactive(sys.stdout) else len(rows)
+    output.lines(rows[:most])
+    if len(rows) > most:
+        output.line(f"... and {len(rows) - most} more; send them to a file or use --json to see all")
+    verdict = f"{len(findings)} finding{'s'[: len(findings) > 1]}" if findings else "sound"
+    output.line(f"{path}: {verdict} ({output.seconds(took)})", bold=True)
+
+
+def _where(finding: Finding) -> str:
+    place = finding.tensor or finding.file
+    return f"{place}  " if place else ""

@@ -1,0 +1,77 @@
+/* C interface of libqlf_cpu: the CPU kernels of the format's encoder and decoder (spec/format.md).
+ *
+ * Every function checks the arguments it can check and returns a status; none throws, allocates for longer than the
+ * call, prints, or keeps a pointer. No pointer needs any alignment; buffers must not overlap. The floating-point
+ * environment (rounding, FTZ, DAZ) is set to the default during a call and restored. Results are the same bits for
+ * every instruction set and thread count.
+ *
+ * n counts elements, nb = ceil(n / blocksize) blocks. blocksize is a power of two from 32 to 4096. A tensor may be
+ * encoded or decoded in pieces that start at a multiple of blocksize; only the last piece may have a ragged tail. */
+#ifndef QLF_QLF_H
+#define QLF_QLF_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QLF_ABI_VERSION 1
+#define QLF_API __attribute__((visibility("default")))
+
+enum { QLF_FLOAT32 = 0, QLF_FLOAT16 = 1, QLF_BFLOAT16 = 2 };
+enum { QLF_NF4 = 0, QLF_FP4 = 1 };
+enum { QLF_ISA_BEST = -1, QLF_ISA_SCALAR = 0, QLF_ISA_AVX2 = 1, QLF_ISA_AVX512 = 2, QLF_ISA_NEON = 3 };
+enum {
+  QLF_OK = 0,
+  QLF_BAD_ARGUMENT = 1,    /* null pointer, unknown enumerator, size out of range */
+  QLF_NOT_FINITE = 2,      /* a NaN or infinity in the input; outputs are unspecified */
+  QLF_UNSUPPORTED_ISA = 3, /* not compiled in, or this processor lacks it */
+};
+
+/* QLF_ABI_VERSION of the library; callers refuse another one. */
+QLF_API int32_t qlf_abi_version(void);
+
+/* 1 when the library holds this instruction set's kernels and the processor and system can run them, else 0. */
+QLF_API int32_t qlf_isa_supported(int32_t isa);
+
+/* Encode n elements of src. packed: ceil(n/2) bytes. absmax: float32 [nb]. moments: NULL, or float32 [nb][3] of
+ * sum x*x, sum x*c, sum c*c (c = code value), summed in the order that the spec fixes. On QLF_NOT_FINITE,
+ * *bad_block is the index of the first block that holds a NaN or infinity. */
+QLF_API int32_t qlf_quantize(const void* src, int32_t dtype, uint64_t n, int32_t quant_type, uint32_t blocksize,
+                             void* packed, void* absmax, void* moments, uint64_t* bad_block, int32_t threads,
+                             int32_t isa);
+
+/* Decode n elements to dtype with absmax float32 [nb]. */
+QLF_API int32_t qlf_dequantize(const void* packed, const void* absmax, uint64_t n, int32_t quant_type,
+                               uint32_t blocksize, int32_t dtype, void* out, int32_t threads, int32_t isa);
+
+/* Decode n elements whose absmax is double-quantized, without materializing it. packed and q_absmax (uint8 [nb])
+ * point at the piece, whose first block is block number first_block of the tensor; nested_absmax is the whole
+ * tensor's, float32 [at least ceil((first_block + nb) / 256)]. */
+QLF_API int32_t qlf_dequantize_nested(const void* packed, const void* q_absmax, const void* nested_absmax,
+                                      float nested_offset, uint64_t first_block, uint64_t n, int32_t quant_type,
+                                      uint32_t blocksize, int32_t dtype, void* out, int32_t threads, int32_t isa);
+
+/* Quantize absmax float32 [nb], nb >= 1, to 8 bits: q uint8 [nb], nested_absmax float32 [ceil(nb/256)] and one offset.
+ * On QLF_NOT_FINITE, *bad_block is the index of the first NaN or infinity. */
+QLF_API int32_t qlf_double_quantize(const void* absmax, uint64_t nb, void* q, void* nested_absmax, float* nested_offset,
+                                    uint64_t* bad_block, int32_t threads);
+
+/* Decode q uint8 [nb] to absmax float32 [nb]. */
+QLF_API int32_t qlf_double_dequantize(const void* q, const void* nested_absmax, float nested_offset, uint64_t nb,
+                                      void* absmax);
+
+/* Squared error and squared norm of a tensor from its decoded absmax float32 [nb] and its moments float32 [nb][3]. */
+QLF_API int32_t qlf_squared_error(const void* absmax, const void* moments, uint64_t nb, double* squared_error,
+                                  double* signal);
+
+/* Transpose src [rows][cols] of 2- or 4-byte elements to out [cols][rows]. */
+QLF_API int32_t qlf_transpose(const void* src, uint64_t rows, uint64_t cols, uint32_t itemsize, void* out,
+                              int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QLF_QLF_H */

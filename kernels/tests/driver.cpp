@@ -1,0 +1,167 @@
+// Runs every kernel over awkward sizes with heap buffers of exactly the documented size, for AddressSanitizer and
+// UndefinedBehaviorSanitizer to watch, and checks that all instruction sets give the same bytes. Exit status 0 is good.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <initializer_list>
+#include <memory>
+
+#include "qlf/qlf.h"
+
+namespace {
+
+// `size` bytes that end at the end of their allocation and start at an odd address.
+class Buffer {
+ public:
+  explicit Buffer(size_t size) : memory_(static_cast<unsigned char*>(malloc(size + 1))), size_(size) {
+    if (!memory_) abort();
+    memset(memory_.get(), 0xa5, size + 1);
+  }
+  unsigned char* data() const { return memory_.get() + 1; }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { free(p); }
+  };
+  std::unique_ptr<unsigned char, Free> memory_;
+  size_t size_;
+};
+
+bool equal(const Buffer& a, const Buffer& b) {
+  return a.size() == b.size() && memcmp(a.data(), b.data(), a.size()) == 0;
+}
+
+int failures = 0;
+
+void expect(bool condition, const char* what, size_t n, unsigned blocksize, int isa) {
+  if (condition) return;
+  fprintf(stderr, "failed: %s (n=%zu blocksize=%u isa=%d)\n", what, n, blocksize, isa);
+  ++failures;
+}
+
+// Finite values of mixed magnitude, zeros among them.
+void fill(const Buffer& buffer, int dtype) {
+  unsigned state = 12345;
+  const size_t element = dtype == QLF_FLOAT32 ? 4 : 2;
+  for (size_t at = 0; at < buffer.size(); at += element) {
+    state = state * 1664525u + 1013904223u;
+    const unsigned kind = state >> 28;
+    unsigned bits = (state >> 4) & 0xffffu;
+    if (dtype == QLF_FLOAT16) bits = (bits & 0xbbffu) >> (kind == 0 ? 6 : 0);
+    if (dtype == QLF_BFLOAT16) bits = (bits & 0x83ffu) | (kind == 0 ? 0 : 0x3c00u);
+    if (dtype == QLF_FLOAT32) bits = (state & 0x83ffffffu) | (kind == 0 ? 0 : 0x3c000000u);
+    memcpy(buffer.data() + at, &bits, element);
+  }
+}
+
+struct Encoded {
+  Buffer packed, absmax, moments;
+  Encoded(size_t n, size_t nb) : packed((n + 1) / 2), absmax(nb * 4), moments(nb * 12) {}
+};
+
+void check(size_t n, unsigned blocksize, int dtype, int quant_type) {
+  const size_t nb = (n + blocksize - 1) / blocksize, element = dtype == QLF_FLOAT32 ? 4 : 2;
+  Buffer source(n * element);
+  fill(source, dtype);
+  Encoded expected(n, nb);
+  Buffer plain(n * element), nested_out(n * element);
+  Buffer q(nb), nested((nb + 255) / 256 * 4), decoded(nb * 4);
+  float offset = 0.0f;
+  uint64_t bad = 0;
+
+  for (const int isa : {QLF_ISA_SCALAR, QLF_ISA_AVX2, QLF_ISA_AVX512, QLF_ISA_NEON}) {
+    if (!qlf_isa_supported(isa)) continue;
+    Encoded got(n, nb);
+    const auto encode = [&](void* moments) {
+      return qlf_quantize(source.data(), dtype, n, quant_type, blocksize, got.packed.data(), got.absmax.data(), moments,
+                          &bad, 2, isa);
+    };
+    expect(encode(nullptr) == QLF_OK, "quantize", n, blocksize, isa);
+    expect(encode(got.moments.data()) == QLF_OK, "quantize with moments", n, blocksize, isa);
+    Buffer out(n * element), out_nested(n * element);
+    expect(qlf_dequantize(got.packed.data(), got.absmax.data(), n, quant_type, blocksize, dtype, out.data(), 2, isa) ==
+               QLF_OK,
+           "dequantize", n, blocksize, isa);
+    if (isa == QLF_ISA_SCALAR && nb) {
+      expect(qlf_double_quantize(got.absmax.data(), nb, q.data(), nested.data(), &offset, &bad, 2) == QLF_OK,
+             "double_quantize", n, blocksize, isa);
+      expect(qlf_double_dequantize(q.data(), nested.data(), offset, nb, decoded.data()) == QLF_OK, "double_dequantize",
+             n, blocksize, isa);
+      double error = 0.0, signal = 0.0;
+      expect(qlf_squared_error(decoded.data(), got.moments.data(), nb, &error, &signal) == QLF_OK, "squared_error", n,
+             blocksize, isa);
+    }
+    expect(qlf_dequantize_nested(got.packed.data(), q.data(), nested.data(), offset, 0, n, quant_type, blocksize, dtype,
+                                 out_nested.data(), 2, isa) == QLF_OK,
+           "dequantize_nested", n, blocksize, isa);
+    if (isa == QLF_ISA_SCALAR) {
+      memcpy(expected.packed.data(), got.packed.data(), got.packed.size());
+      memcpy(expected.absmax.data(), got.absmax.data(), got.absmax.size());
+      memcpy(expected.moments.data(), got.moments.data(), got.moments.size());
+      memcpy(plain.data(), out.data(), out.size());
+      memcpy(nested_out.data(), out_nested.data(), out_nested.size());
+    }
+    expect(equal(expected.packed, got.packed), "packed bytes", n, blocksize, isa);
+    expect(equal(expected.absmax, got.absmax), "absmax bytes", n, blocksize, isa);
+    expect(equal(expected.moments, got.moments), "moment bytes", n, blocksize, isa);
+    expect(equal(plain, out) && equal(nested_out, out_nested), "decoded bytes", n, blocksize, isa);
+  }
+}
+
+void check_transpose(size_t rows, size_t cols, unsigned itemsize) {
+  Buffer source(rows * cols * itemsize), there(source.size()), back(source.size());
+  for (size_t i = 0; i < source.size(); ++i) source.data()[i] = static_cast<unsigned char>(i * 37 + i / 251);
+  expect(qlf_transpose(source.data(), rows, cols, itemsize, there.data(), 2) == QLF_OK, "transpose", rows, 0, 0);
+  expect(qlf_transpose(there.data(), cols, rows, itemsize, back.data(), 2) == QLF_OK, "transpose", rows, 0, 0);
+  expect(equal(source, back), "transpose twice", rows, 0, 0);
+}
+
+// Values that are not finite, and codes and scales that no encoder writes, must be handled without undefined behaviour.
+void check_hostile() {
+  const size_t n = 64 * 70 + 3, nb = 71;
+  Buffer source(n * 4), packed((n + 1) / 2), absmax(nb * 4), moments(nb * 12), out(n * 4), q(nb), nested(4);
+  float offset = 0.0f;
+  uint64_t bad = 0;
+  for (const unsigned byte : {0xffu, 0x7fu, 0xa5u}) {
+    for (const Buffer* buffer : {&source, &packed, &absmax, &q, &nested}) {
+      memset(buffer->data(), static_cast<int>(byte), buffer->size());
+    }
+    for (const int isa : {QLF_ISA_SCALAR, QLF_ISA_AVX2, QLF_ISA_AVX512, QLF_ISA_NEON}) {
+      if (!qlf_isa_supported(isa)) continue;
+      for (const int dtype : {QLF_FLOAT32, QLF_FLOAT16, QLF_BFLOAT16}) {
+        qlf_dequantize(packed.data(), absmax.data(), n, QLF_NF4, 64, dtype, out.data(), 1, isa);
+        qlf_dequantize_nested(packed.data(), q.data(), nested.data(), 3e38f, 0, n, QLF_FP4, 64, dtype, out.data(), 1,
+                              isa);
+        qlf_quantize(source.data(), dtype, n, QLF_NF4, 64, packed.data(), absmax.data(), moments.data(), &bad, 1, isa);
+      }
+    }
+    memset(absmax.data(), static_cast<int>(byte), absmax.size());
+    qlf_double_quantize(absmax.data(), nb, q.data(), nested.data(), &offset, &bad, 1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const size_t large = (size_t{1} << 19) + 4097;  // several pieces of work: more than one thread
+  for (const int dtype : {QLF_FLOAT32, QLF_FLOAT16, QLF_BFLOAT16}) {
+    for (const int quant_type : {QLF_NF4, QLF_FP4}) {
+      for (unsigned blocksize = 32; blocksize <= 4096; blocksize *= 2) {
+        for (const size_t n : {size_t{0}, size_t{1}, size_t{2}, size_t{31}, size_t{33}, size_t{blocksize} - 1,
+                               size_t{blocksize}, size_t{blocksize} + 1, size_t{blocksize} * 17 + 5}) {
+          check(n, blocksize, dtype, quant_type);
+        }
+      }
+    }
+    check(large, 64, dtype, QLF_NF4);
+  }
+  for (const unsigned itemsize : {2u, 4u}) {
+    for (const size_t rows : {1, 31, 33, 300}) {
+      for (const size_t cols : {1, 32, 65, 700}) check_transpose(rows, cols, itemsize);
+    }
+  }
+  check_hostile();
+  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}

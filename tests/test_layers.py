@@ -1,0 +1,132 @@
+"""The architecture, enforced: who may import whom, and what the library never does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "qlformat"
+COMMAND = ROOT / "cli" / "qlf"
+
+# From low to high. A module imports only from lower rows; a new one is added to the lowest row its imports allow.
+LEVELS = (
+    {"_tables", "errors", "hashing", "progress", "rules"},
+    {"codebook", "download", "journal", "layout", "staging"},
+    {"manifest", "native", "reference", "selection"},
+    {"codec", "repository", "shards"},
+    {"torch_file", "weights"},
+    {"source", "stored"},
+    {"checkpoint", "consistency", "plan", "remote"},
+    {"recompute", "tensor_stream"},
+    {"converter", "export", "summary", "verify"},  # the verbs: none imports another
+)
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+
+# Importing one of these costs seconds. They are imported inside the function that needs them.
+HEAVY = {"accelerate", "bitsandbytes", "huggingface_hub", "peft", "safetensors", "scipy", "torch", "transformers"}
+
+SOURCES = sorted([*LIBRARY.rglob("*.py"), *COMMAND.rglob("*.py")])
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def direct_imports(node: ast.AST) -> Iterator[str]:
+    """What this one statement imports; `from package import name` gives package.name."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: relative import"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Every module imported anywhere in the tree."""
+    for node in ast.walk(tree):
+        yield from direct_imports(node)
+
+
+def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """What runs when the module is imported: no function bodies, nothing under TYPE_CHECKING."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending.extend(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def module_of(path: Path) -> str:
+    """The module's name below qlformat: `backends.cpu` for qlformat/backends/cpu.py."""
+    return ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
+
+
+def upward_imports(module: str, tree: ast.AST) -> list[str]:
+    """The qlformat modules that `module` imports from its own level or above."""
+    targets = {name.split(".")[1] for name in imported_names(tree) if name.startswith("qlformat.")} & set(LEVEL)
+    return sorted(target for target in targets if LEVEL[target] >= LEVEL[module])
+
+
+def test_every_module_has_a_level() -> None:
+    modules = {module_of(path) for path in LIBRARY.rglob("*.py")} - {"__init__"}
+    assert not modules - set(LEVEL), "add these modules to LEVELS in this file"
+    assert not set(LEVEL) - modules, "LEVELS names modules that are gone"
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_imports_go_to_a_lower_level(module: str) -> None:
+    upward = upward_imports(module, parse(LIBRARY / f"{module}.py"))
+    assert not upward, f"{module} is at level {LEVEL[module]} and imports {upward}"
+
+
+def test_an_upward_import_is_found() -> None:
+    assert upward_imports("layout", ast.parse("def f():\n    from qlformat.verify import verify")) == ["verify"]
+    assert upward_imports("export", ast.parse("from qlformat import verify")) == ["verify"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_habits(path: Path) -> None:
+    tree = parse(path)
+    names = set(imported_names(tree))
+    if path.is_relative_to(LIBRARY):
+        assert not [name for name in names if name.split(".")[0] == "qlf"], "the library imports the command line"
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.Assert), f"line {node.lineno}: python -O drops an assert; raise an error"
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"print", "sys.exit", "exit", "quit", "os._exit"}, f"line {node.lineno}: {called}"
+    heavy = {name.split(".")[0] for node in run_at_import(tree) for name in direct_imports(node)} & HEAVY
+    assert not heavy, f"{sorted(heavy)} would be imported by every command"
+
+
+def test_nothing_heavy_is_imported_at_run_time() -> None:
+    modules = [f"qlformat.{module}" for module in sorted(LEVEL)]
+    modules += [f"qlf.{path.stem}" for path in sorted(COMMAND.glob("*.py")) if not path.stem.startswith("__")]
+    script = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*sys.modules)"
+    path = f"import sys; sys.path[:0] = {[str(ROOT), str(COMMAND.parent)]!r}\n"
+    done = subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert {"qlformat", "qlf"} <= loaded
+    assert not loaded & HEAVY
+
+
+def test_an_import_that_runs_is_found() -> None:
+    hidden = "if TYPE_CHECKING:\n    import a\ndef f():\n    import b\n"
+    runs = "try:\n    import c\nexcept ImportError:\n    import d\nclass C:\n    import e\n"
+    found = {name for node in run_at_import(ast.parse(hidden + runs)) for name in direct_imports(node)}
+    assert found == {"c", "d", "e"}
+
+
+def test_kernels_hold_no_python() -> None:
+    """A `kernels` package in the repository root would shadow Hugging Face's and break `import transformers`."""
+    assert (ROOT / "kernels" / "CMakeLists.txt").is_file()
+    assert not list((ROOT / "kernels").rglob("*.py"))

@@ -1,0 +1,148 @@
+"""The demo: a real model becomes a verified 4-bit checkpoint that plain transformers loads. `make demo` runs it.
+
+Every step is a command that a user would type; each is printed before it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "build" / "demo"
+CHECKPOINT = OUT / "SmolLM2-135M-Instruct-nf4"
+PICTURE = OUT / "quantization-error.png"
+QLF = Path(sys.executable).with_name("qlf")
+
+# Attention in blues and greens, MLP in warm colours.
+COLOURS = {
+    "q_proj": "#08519c",
+    "k_proj": "#4292c6",
+    "v_proj": "#1b9e77",
+    "o_proj": "#7570b3",
+    "gate_proj": "#d95f02",
+    "up_proj": "#e6ab02",
+    "down_proj": "#b2182b",
+}
+
+
+class StepError(RuntimeError):
+    """A step of the demo failed; what it printed is already on the screen."""
+
+
+def shown(path: str | Path) -> str:
+    """A path as a person would type it from the repository's root."""
+    path = Path(path)
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
+def step(title: str, program: str, *args: str | Path) -> None:
+    """Print a step's title and its command line, and run it."""
+    words = " ".join(shlex.quote(shown(arg)) if isinstance(arg, Path) else arg for arg in args).replace("'~'", "~")
+    print(f"\n{title}\n$ {program} {words}", flush=True)
+    command = [str(QLF)] if program == "qlf" else [sys.executable]
+    if subprocess.run([*command, *map(str, args)], check=False, cwd=ROOT).returncode:
+        raise StepError(title)
+
+
+def fetch_model() -> Path:
+    """The float16 repository, fetched on first use."""
+    command = [sys.executable, str(ROOT / "tools" / "fetch_models.py"), "smollm2"]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            lines.append(line.rstrip())
+            if line.startswith(("fetching", "building", " ")):
+                print(line, end="", flush=True)
+    if process.returncode:
+        raise StepError("fetching the model")
+    return Path(lines[-1])
+
+
+def inspect() -> dict[str, Any]:
+    """What `qlf inspect --tensors --json` says about the checkpoint."""
+    command = [str(QLF), "inspect", str(CHECKPOINT), "--tensors", "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def errors_by_projection(tensors: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """{projection: {layer: relative RMS error}} of the quantized weights."""
+    found: dict[str, dict[int, float]] = {}
+    for tensor in tensors:
+        match = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)\.weight$", tensor["name"])
+        if match and tensor.get("relative_error") is not None:
+            found.setdefault(match[2], {})[int(match[1])] = tensor["relative_error"]
+    return found
+
+
+def draw(errors: dict[str, dict[int, float]], title: str) -> None:
+    """Draw one line per projection over the layers, each named at its right end."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=140)
+    ends = []
+    for name in sorted(errors, key=list(COLOURS).index):
+        layers, values = zip(*sorted(errors[name].items()), strict=True)
+        axes.plot(layers, [100 * value for value in values], color=COLOURS[name], linewidth=1.8)
+        ends.append((100 * values[-1], layers[-1], name))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    height = low
+    for value, layer, name in sorted(ends):
+        height = max(value, height + 0.045 * (high - low))  # labels of close lines are moved apart
+        axes.annotate(
+            name, (layer, value), (layer + 0.9, height), color=COLOURS[name], va="center", fontsize=10,
+            arrowprops={"arrowstyle": "-", "color": COLOURS[name], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip
+    axes.set_title(title, loc="left", fontsize=12, pad=12)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("quantization error, RMS (% of the weights' RMS)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+    figure.tight_layout()
+    figure.savefig(PICTURE)
+
+
+def main() -> int:
+    """Run the demo; 1 when a step failed."""
+    print("qlformat demo: a float16 model becomes an NF4 + double-quantized checkpoint", flush=True)
+    if not QLF.is_file():
+        print(f"error: {QLF} is not there; run `make demo`, which installs it", file=sys.stderr)
+        return 1
+    OUT.mkdir(parents=True, exist_ok=True)
+    try:
+        source = fetch_model()
+        step("1. Convert", "qlf", "convert", source, CHECKPOINT, "--overwrite")
+        step("2. Look at it: reads headers only", "qlf", "inspect", CHECKPOINT)
+        step("3. Verify it, and quantize the source again to compare every byte", "qlf", "verify", CHECKPOINT,
+             "--source", source)  # fmt: skip
+        step("4. Use it: plain transformers, in a process that never imports qlformat", "python",
+             ROOT / "tools" / "demo_plain_transformers.py", CHECKPOINT)  # fmt: skip
+    except StepError as error:
+        print(f"error: the demo stopped at: {error}", file=sys.stderr)
+        return 1
+    summary = inspect()
+    before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    draw(errors_by_projection(summary["tensors"]), "SmolLM2-135M-Instruct in NF4 + double quantization, every layer")
+    print("\nResult")
+    print(f"  weights   {before / 1e6:.1f} MB -> {summary['stored_bytes'] / 1e6:.1f} MB")
+    print(f"  4 bit     {summary['bits_per_weight']:.3f} bits per quantized weight")
+    print(f"  picture   {shown(PICTURE)}: the quantization error of every layer")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
