@@ -207,8 +207,7 @@ class _Run:
             shutil.copyfile(repository.resolve_file(source, name), target)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (self._directory / name).write_text(text, encoding="utf-8")
+        (self._directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")
 
 
 def _carried_names(checkpoint: Checkpoint) -> list[str]:

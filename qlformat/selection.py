@@ -16,7 +16,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,18 @@ _ROUTER = re.compile(r"gate|router")
 # Output layers of models that no table entry describes.
 _HEAD = re.compile(r"lm_head|embed_out|lm_loss|output_projection|score|classifier|qa_outputs")
 _TOP_LEVEL_HEAD = re.compile(r"output|head|proj_out|out_proj|decoder")
+# Multi-token prediction heads, which transformers leaves out of the model.
 _UNUSED = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
 _LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
 
+# transformers looks for `weight` and its companions in the whole name, and stops at the first.
+_UNLOADABLE = re.compile(r"weight(?!\w)")
+
 _QUANTIZED = frozenset({"linear", "conv1d"})
 # Reasons under which a module may still be an nn.Linear in the model, so that it has to be named in skip_modules.
-_STAYS_LINEAR = frozenset({"output-embedding", "tied", "last-parameter", "keep-in-fp32", "skip-pattern"})
+_STAYS_LINEAR = frozenset(
+    {"output-embedding", "tied", "last-parameter", "keep-in-fp32", "skip-pattern", "unloadable-name"}
+)
 _NEVER_LINEAR = frozenset(
     {"embedding", "not-linear", "not-2d", "not-in-model", "fused-experts", "norm", "bias", "scalar"}
 )
@@ -50,8 +56,8 @@ class Decision:
     """What happens to one tensor.
 
     `name` is its name on disk. `reason` is a stable key: linear, conv1d (quantized); output-embedding, tied,
-    last-parameter, keep-in-fp32, skip-pattern, merged-on-load, fused-experts, embedding, router, not-linear, norm,
-    bias, not-2d, not-in-model, scalar, empty (left as they are).
+    last-parameter, keep-in-fp32, skip-pattern, merged-on-load, unloadable-name, fused-experts, embedding, router,
+    not-linear, norm, bias, not-2d, not-in-model, scalar, empty (left as they are).
     """
 
     name: str
@@ -144,18 +150,23 @@ def _structural_reason(loaded: str, parts: Sequence[str], shape: tuple[int, ...]
     return "not-linear" if len(shape) == 2 else "not-2d"
 
 
-def _skip_entries(fixed: Iterable[str], left: Iterable[str], quantized: Sequence[str]) -> list[str]:
+def _skip_entries(fixed: Sequence[str], left: Iterable[str], quantized: Sequence[str]) -> list[str]:
     """Entries for skip_modules that hit every module in `left` and none in `quantized`.
 
-    transformers matches an entry as a regular expression at the start of a module's name up to a dot, and as a plain
-    suffix. An entry that would hit a quantized module as well becomes an anchored, escaped expression.
+    `fixed` are always listed. An entry that would hit a quantized module as well becomes an anchored, escaped
+    expression.
     """
-    covers = [(re.compile(entry + r"(?=\.|$)"), entry) for entry in fixed]
-    names = {name for name in left if not any(regex.match(name) or name.endswith(end) for regex, end in covers)}
+    covered = [_entry(entry) for entry in fixed]
+    names = {name for name in left if not any(regex.match(name) for regex in covered)}
     lines = "\n" + "\n".join(quantized) + "\n"
     # One search in one string per name: a list of thousands of modules stays cheap.
-    unsafe = {name for name in names if f"{name}\n" in lines or f"\n{name}." in lines}
+    unsafe = {n for n in names if f"{n}\n" in lines or f"\n{n}." in lines or not re.fullmatch(r"[\w.-]+", n)}
     return sorted({*fixed, *(f"^{re.escape(name)}$" if name in unsafe else name for name in names)})
+
+
+def _entry(entry: str) -> re.Pattern[str]:
+    """The modules an entry of skip_modules hits: an expression at the start, up to a dot, or a plain suffix."""
+    return re.compile(rf"{entry}(?:\.|$)|.*{re.escape(entry)}$")
 
 
 @dataclass(frozen=True)
@@ -229,12 +240,30 @@ class _Rules:
     roots: frozenset[str]
     parts: Mapping[str, tuple[str, str]]
 
-    @staticmethod
-    def of(model_type: str, class_name: str) -> _Rules:
+    @classmethod
+    def of(cls, model_type: str, class_name: str) -> _Rules:
+        """The entry of a class; the defaults where it needs none."""
         rules = _table()["rules"]
-        entry = rules.get(f"{model_type}/{class_name}") or rules.get(class_name) or {}
+        return cls._read(rules.get(f"{model_type}/{class_name}") or rules.get(class_name) or {})
+
+    @classmethod
+    def of_part(cls, model_type: str) -> _Rules | None:
+        """The rules for a model of this type inside another: as a model of its own, or as part of one in the table."""
+        classes = _table()["types"].get(model_type)
+        if classes:
+            rules = cls.of(model_type, classes[0])
+            return replace(rules, skip={}, load=tuple(step for step in rules.load if step[1] is None))
+        for entry in _table()["rules"].values():
+            for kind, module in entry.get("parts", {}).values():
+                if kind == model_type:
+                    rules = cls._read(entry)
+                    return replace(rules, skip={}, load=tuple(step for step in rules.load if step[1] == module))
+        return None
+
+    @classmethod
+    def _read(cls, entry: Mapping[str, Any]) -> _Rules:
         base = entry.get("base", "model")
-        return _Rules(
+        return cls(
             entry.get("skip", {"lm_head": "output-embedding"}),
             entry.get("keep", {}),
             tuple(entry.get("linear", ())),
@@ -249,9 +278,8 @@ class _Rules:
         """(expression on a module's name with its numbers written `*`, reason), first match wins."""
         ends = [(glob, "linear") for glob in self.linear] + [(glob, "conv1d") for glob in self.conv1d]
         ends += self.keep.items()
-        found = [(_glob(glob) + "$", reason) for glob, reason in ends]
-        found += [(_glob(glob) + r"(?:\.|$)", reason) for glob, reason in self.skip.items() if glob in skip]
-        return [(re.compile(expression), reason) for expression, reason in found]
+        found = [(_glob(glob), reason) for glob, reason in ends]
+        return found + [(_entry(entry), reason) for entry, reason in self.skip.items() if entry in skip]
 
 
 class _Model:
@@ -275,10 +303,10 @@ class _Model:
         self._base = rules.base if self.known else ""
         self._roots = rules.roots
         self._load = [step for step in rules.load if not any(_inside(step[1], scope) for scope, _ in others)]
-        self._load += [(group, scope) for scope, other in others for group, inner in other.load if inner is None]
-        self._vocab = config.get("vocab_size")
-        text = config.get("text_config")
-        self._layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+        self._load += [(group, scope) for scope, other in others for group, _ in other.load]
+        part = config.get("text_config")
+        text = part if isinstance(part, dict) else config
+        self._vocab, self._layers = text.get("vocab_size"), text.get("num_hidden_layers")
         self._patterns = rules.patterns(self.skip)
         self._patterns += [pattern for _, other in others for pattern in other.patterns(self.skip)]
         self.has_conv1d = any(reason == "conv1d" for _, reason in self._patterns)
@@ -291,10 +319,11 @@ class _Model:
             part = config.get(key)
             kind = str(part.get("model_type", usual)) if isinstance(part, dict) else usual
             if kind != usual:
-                classes = _table()["types"].get(kind, [])
-                self.known = self.known and bool(classes)
-                self.notes.append(f"{key} is a {kind!r} model, usually {usual!r}: chosen by the rules of both")
-                found.append((module, _Rules.of(kind, classes[0] if classes else "")))
+                other = _Rules.of_part(kind)
+                found.append((module, other or _Rules.of("", "")))
+                if other is None:
+                    self.known = False
+                    self.notes.append(f"{key} of type {kind!r} is unknown: its tensors were chosen by their names alone")
         return found
 
     def loader(self, names: Iterable[str]) -> _Loader:
@@ -308,6 +337,8 @@ class _Model:
         beyond = layer is not None and isinstance(self._layers, int) and int(layer[1]) >= self._layers
         if self.known and (beyond or _UNUSED.search(module)):
             return "not-in-model"
+        if _UNLOADABLE.search(module):
+            return "unloadable-name"
         key = (_NUMBER.sub("*", module), shape[0] == self._vocab)
         if key not in self._cache:
             self._cache[key] = self._reason(*key)
@@ -357,9 +388,9 @@ def _transforms(group: str, scope: str | None, base: str) -> tuple[_Transform, .
     return tuple(found)
 
 
-def _glob(glob: str) -> str:
-    """The expression of a glob on the end of a dotted name."""
-    return r"(?:.*\.)?" + re.escape(glob).replace(r"\*", ".*")
+def _glob(glob: str) -> re.Pattern[str]:
+    """A glob on the end of a dotted name."""
+    return re.compile(r"(?:.*\.)?" + re.escape(glob).replace(r"\*", ".*") + "$")
 
 
 def _inside(scope: str | None, module: str) -> bool:

@@ -5,6 +5,7 @@ Reads are positional and by chunk, so that a conversion never holds a whole file
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -206,9 +207,11 @@ def _read_config(source: Source) -> None:
             raise SourceError(
                 "found an adapter without its base; give the base model", rule="E4", file="adapter_config.json"
             ) from None
-        raise SourceError(
-            f"needed to know the model: {error.message}", rule=error.rule, file=str(source.directory / "config.json")
-        ) from None
+        if not os.path.lexists(source.directory / "config.json"):
+            raise SourceError(
+                f"found no config.json in {source.directory}, needed one to know the model; is this a model repository?"
+            ) from None
+        raise
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ValueError(f"it has more than {_MAX_CONFIG_BYTES} bytes")

@@ -36,7 +36,9 @@ class TorchFile:
         self.aliases: dict[str, str] = {}
         self._values: dict[str, torch.Tensor] = {}
         seen: dict[tuple[Any, ...], str] = {}
-        for tensor_name, tensor in _load(path, name).items():
+        # An output embedding comes last: of a tied pair the input embedding is the one that readers look for.
+        loaded = sorted(_load(path, name).items(), key=lambda item: item[0].endswith("lm_head.weight"))
+        for tensor_name, tensor in loaded:
             place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
             if tensor.numel() and place in seen:
                 self.aliases[tensor_name] = seen[place]

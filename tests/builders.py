@@ -11,11 +11,9 @@ Nothing here goes through convert.py or ShardWriter, so these files also check t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
-import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,22 +25,37 @@ from qlformat import reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8
 from qlformat.layout import QuantState, Recipe, split_companion
 from qlformat.manifest import FileEntry, Manifest, Source, TensorEntry, WeightEntry, fingerprint
+from tests.shard_files import (
+    DTYPE_BYTES,
+    SINGLE,
+    Tensor,
+    container_bytes,
+    edit_header,
+    edit_json,
+    flip_bit,
+    json_bytes,
+    read_container,
+    read_tensors,
+    shard_bytes,
+    shard_name,
+)
+
+__all__ = [
+    "DEFAULT_PLAIN", "DEFAULT_QUANTIZED", "DTYPE_BYTES", "INDEX", "LLAMA_CONFIG", "LLAMA_PLAIN", "LLAMA_QUANTIZED", "SINGLE",
+    "Checkpoint", "Tensor", "build_checkpoint", "build_source", "container_bytes", "edit_header", "edit_json",
+    "example_values", "file_entries", "flip_bit", "json_bytes", "make_checkpoint", "plain_weight",
+    "quantization_config", "quantized_weight", "read_container", "read_tensors", "reseal", "shard_bytes", "shard_name",
+    "source_bits",
+]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 
-DTYPE_BYTES = {
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
-"""Bytes of an element where it is more than one."""
 TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WRITER = "qlformat-tests"
 
@@ -88,15 +101,6 @@ LLAMA_PLAIN: Shapes = {
     "model.norm.weight": (16,),
     "lm_head.weight": (32, 16),
 }
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A stored tensor: safetensors dtype, shape and little-endian bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
 
 
 @dataclass
@@ -161,7 +165,6 @@ class Checkpoint:
             fingerprint=fingerprint(rows),
         )
 
-
     def _unlisted(self) -> list[WeightEntry]:
         """Entries for tensors that were added by hand and are no companions."""
         listed = {weight.name for weight in self.weights}
@@ -219,9 +222,7 @@ def make_checkpoint(
         weights.append(entry)
         placement.update(dict.fromkeys(stored, shard_name(position % shards, shards)))
     config = {**LLAMA_CONFIG, "dtype": dtype, "quantization_config": quantization_config(recipe, skip_modules)}
-    return Checkpoint(
-        recipe, tensors, placement, weights, config, carried=dict(carried or {}), has_manifest=manifest
-    )
+    return Checkpoint(recipe, tensors, placement, weights, config, carried=dict(carried or {}), has_manifest=manifest)
 
 
 def build_source(
@@ -233,7 +234,7 @@ def build_source(
     shards: int = 1,
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a 16- or 32-bit source repository: by default the whole tiny Llama, with the values of `make_checkpoint`."""
+    """Write a 16- or 32-bit source repository: by default the tiny Llama, with the values of `make_checkpoint`."""
     weights = weights or {**LLAMA_QUANTIZED, **LLAMA_PLAIN}
     path.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -314,101 +315,6 @@ def quantization_config(recipe: Recipe, skip_modules: Iterable[str]) -> dict[str
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
-
-
-def shard_name(position: int, count: int) -> str:
-    """File name of a shard: model.safetensors when it is the only one."""
-    return SINGLE if count == 1 else f"model-{position + 1:05d}-of-{count:05d}.safetensors"
-
-
-def file_class(name: str, tensors: Mapping[str, Tensor]) -> int:
-    """Class of a tensor in the order of a shard (format.md, "Order in a shard")."""
-    tensor = tensors[name]
-    if ".quant_state." in name:
-        return 6
-    if f"{name}.absmax" in tensors or f"{name}.quant_map" in tensors:
-        return 0 if len(tensor.data) % 64 == 0 else 4
-    return {8: 1, 4: 2, 2: 3}.get(DTYPE_BYTES.get(tensor.dtype, 1), 5)
-
-
-def shard_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file in the order and with the alignment of the spec."""
-    names = sorted(tensors, key=lambda name: (file_class(name, tensors), name))
-    sizes = {name: len(tensors[name].data) for name in names}
-    reserved = {name: reserved_size(tensors[name].data) for name in names if ".quant_state." in name}
-    length = len(header_text(tensors, names, {**sizes, **reserved}))
-    length += -(8 + length) % 64
-    header = header_text(tensors, names, sizes).ljust(length)
-    return container_bytes(header, b"".join(tensors[name].data for name in names))
-
-
-def header_text(tensors: Mapping[str, Tensor], names: Iterable[str], sizes: Mapping[str, int]) -> bytes:
-    """The header of a shard that holds `names` in this order, without padding."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        begin, end = end, end + sizes[name]
-        shape = [sizes[name]] if ".quant_state." in name else list(tensors[name].shape)
-        entries[name] = {"dtype": tensors[name].dtype, "shape": shape, "data_offsets": [begin, end]}
-    return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def reserved_size(state: bytes) -> int:
-    """Bytes that the header counts for a quant_state (format.md, "Header length")."""
-    without_offset, mark, _ = state.rpartition(b": ")
-    return len(without_offset) + len(mark) + 28 if b"nested_offset" in without_offset else len(state)
-
-
-def container_bytes(header: Mapping[str, Any] | bytes, data: bytes, align: int = 64) -> bytes:
-    """A safetensors file from its header (an object, or raw bytes to be taken as they are) and data section."""
-    if not isinstance(header, bytes):
-        header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        header += b" " * (-(8 + len(header)) % align)
-    return struct.pack("<Q", len(header)) + header + data
-
-
-def read_container(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data section of a safetensors file; nothing is checked."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header: dict[str, Any] = json.loads(raw[8 : 8 + length])
-    return header, raw[8 + length :]
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a sound safetensors file."""
-    header, data = read_container(path)
-    return {
-        name: Tensor(entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def json_bytes(value: object) -> bytes:
-    """The JSON text that config.json and the index have here."""
-    return (json.dumps(value, sort_keys=True) + "\n").encode()
-
-
-def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Let `change` alter the header of a safetensors file; the data section stays as it is."""
-    header, data = read_container(path)
-    change(header)
-    path.write_bytes(container_bytes(header, data))
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Let `change` alter a JSON file: config.json, the index or qlf.json."""
-    value = json.loads(path.read_bytes())
-    change(value)
-    path.write_bytes(json_bytes(value))
-
-
-def flip_bit(path: Path, position: int, bit: int = 0) -> None:
-    """Flip one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
 
 
 def file_entries(path: Path) -> tuple[FileEntry, ...]:

@@ -35,20 +35,20 @@ class StepError(RuntimeError):
     """A step of the demo failed; what it printed is already on the screen."""
 
 
-def shown(path: str | Path) -> str:
-    """A path as a person would type it from the repository's root."""
-    path = Path(path)
+def shown(path: Path) -> str:
+    """A path as a person in the repository's root would type it."""
     if path.is_relative_to(ROOT):
-        return str(path.relative_to(ROOT))
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+        return shlex.quote(str(path.relative_to(ROOT)))
+    home = Path.home()
+    return f"~/{shlex.quote(str(path.relative_to(home)))}" if path.is_relative_to(home) else shlex.quote(str(path))
 
 
 def step(title: str, program: str, *args: str | Path) -> None:
-    """Print a step's title and its command line, and run it."""
-    words = " ".join(shlex.quote(shown(arg)) if isinstance(arg, Path) else arg for arg in args).replace("'~'", "~")
-    print(f"\n{title}\n$ {program} {words}", flush=True)
+    """Print a step's title and its command line, and run it in the repository's root."""
+    print(f"\n{title}\n$", program, *(shown(arg) if isinstance(arg, Path) else arg for arg in args), flush=True)
     command = [str(QLF)] if program == "qlf" else [sys.executable]
-    if subprocess.run([*command, *map(str, args)], check=False, cwd=ROOT).returncode:
+    words = [arg.relative_to(ROOT) if isinstance(arg, Path) and arg.is_relative_to(ROOT) else arg for arg in args]
+    if subprocess.run([*command, *map(str, words)], check=False, cwd=ROOT).returncode:
         raise StepError(title)
 
 

@@ -117,13 +117,15 @@ def default_config(model_type: str, class_name: str) -> Any:
     return text if isinstance(text, wanted) else wanted()
 
 
-def shrink(config: dict[str, Any], layers: int = 6) -> dict[str, Any]:
-    """The same configuration with few layers; lists that hold one entry a layer keep one of each kind."""
+def shrink(config: dict[str, Any], layers: int = 6, experts: int = 8) -> dict[str, Any]:
+    """The same configuration with few layers and experts; lists with one entry a layer keep one of each kind."""
     counts = {config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)}
     small = dict(config)
     for key, value in config.items():
-        if isinstance(value, dict):
-            small[key] = shrink(value, layers)
+        if key == "per_layer_config" and value:
+            small[key] = {layer: settings for layer, settings in value.items() if int(layer) < layers}
+        elif isinstance(value, dict):
+            small[key] = shrink(value, layers, experts)
         elif key in LAYER_COUNTS and isinstance(value, int):
             small[key] = min(value, layers)
         elif isinstance(value, list) and len(value) in counts and len(value) > layers:
@@ -131,6 +133,8 @@ def shrink(config: dict[str, Any], layers: int = 6) -> dict[str, Any]:
             small[key] = [value[i] for i in sorted(first_of_kind[:layers])]
         elif key in ("first_k_dense_replace", "num_dense_layers") and value:
             small[key] = 1
+        elif re.fullmatch(r"(?:num|n)_\w*experts|moe_num_experts", str(key)) and isinstance(value, int):
+            small[key] = min(value, experts)
     return small
 
 

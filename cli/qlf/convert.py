@@ -81,8 +81,6 @@ def command(
     as_json: bool,
 ) -> None:
     """Quantize the model SRC to a new 4-bit checkpoint in the directory OUT."""
-    if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite exclude each other")
     from qlformat import Recipe, convert
 
     recipe = Recipe(quant_type, int(blocksize), not no_double_quant, compute_dtype)

@@ -65,7 +65,9 @@ def small(recipe: Recipe | None = None, **options: Any) -> Checkpoint:
     return builders.make_checkpoint(recipe=recipe, **options)
 
 
-def in_memory(change: Callable[[Checkpoint], None], recipe: Recipe | None = None, **options: Any) -> Callable[..., None]:
+def in_memory(
+    change: Callable[[Checkpoint], None], recipe: Recipe | None = None, **options: Any
+) -> Callable[..., None]:
     """A builder that alters the checkpoint before it is written, so that qlf.json agrees with the result."""
 
     def build(path: Path) -> None:
@@ -95,7 +97,9 @@ def on_disk(
     return build
 
 
-def put(name: str, dtype: str, shape: tuple[int, ...], data: bytes, shard: str = SINGLE) -> Callable[[Checkpoint], None]:
+def put(
+    name: str, dtype: str, shape: tuple[int, ...], data: bytes, shard: str = SINGLE
+) -> Callable[[Checkpoint], None]:
     """A change that sets one stored tensor."""
 
     def change(checkpoint: Checkpoint) -> None:

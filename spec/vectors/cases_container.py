@@ -99,7 +99,7 @@ def _move_in_index(old: str, new: str) -> Any:
 
 
 def _both(repo: Path) -> None:
-    names = [name for name in builders.read_tensors(repo / SINGLE)]
+    names = list(builders.read_tensors(repo / SINGLE))
     (repo / INDEX).write_bytes(builders.json_bytes({"metadata": {}, "weight_map": dict.fromkeys(names, SINGLE)}))
 
 

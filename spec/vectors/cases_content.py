@@ -116,8 +116,10 @@ FP4 = f"{WEIGHT}.quant_state.bitsandbytes__fp4"
 ODD = {"quantized": {WEIGHT: (3, 5)}}
 
 COMPANIONS = [
-    *(_tensor(f"T1-no-{tensor.rpartition('.')[2].replace('_', '-')}", drop(tensor), WEIGHT)
-      for tensor in (ABSMAX, QUANT_MAP, NESTED, NESTED_MAP)),
+    *(
+        _tensor(f"T1-no-{tensor.rpartition('.')[2].replace('_', '-')}", drop(tensor), WEIGHT)
+        for tensor in (ABSMAX, QUANT_MAP, NESTED, NESTED_MAP)
+    ),
     _tensor("T1-no-quant-state", drop(STATE), WEIGHT),
     _tensor("T2-companion-without-its-weight", put(ORPHAN, "U8", (4,), bytes(4)), ORPHAN, decode=None),
     _tensor("T2-unknown-quant-type", _copied(STATE, NF9, lambda data: data.replace(b"nf4", b"nf9")), NF9),
@@ -224,7 +226,9 @@ PLACEMENT = [
     Case("P2-data-starts-at-8-modulo-64", on_disk(_shifted_data), file=SINGLE),
     Case(
         "P2-packed-weight-after-an-odd-one",
-        on_disk(lambda repo: _reordered(repo, lambda name: ("quant_state" in name, name != EMBEDDING + ".x", len(name)))),
+        on_disk(
+            lambda repo: _reordered(repo, lambda name: ("quant_state" in name, name != EMBEDDING + ".x", len(name)))
+        ),
         file=SINGLE,
         tensor=WEIGHT,
     ),

@@ -76,15 +76,30 @@ MANIFESTS = [
     _manifest("M1-error-is-negative", lambda root: _entry(root, "weights", WEIGHT).update(rms_error=-1.0)),
     _manifest("M1-unknown-key", lambda root: root.update(fingerprimt=root["fingerprint"])),
     _manifest("M4-weight-not-listed", _without("weights", NORM), tensor=NORM),
-    _manifest("M4-weight-with-other-dtype", lambda r: _entry(r, "weights", WEIGHT).update(dtype="float16"), tensor=WEIGHT),
+    _manifest(
+        "M4-weight-with-other-dtype", lambda r: _entry(r, "weights", WEIGHT).update(dtype="float16"), tensor=WEIGHT
+    ),
     _manifest("M4-tensor-not-listed", _without("tensors", NORM), tensor=NORM, also=("M7",)),
     _manifest("M4-tensor-not-stored", _invented, tensor="model.extra.weight", also=("M7",)),
-    _manifest("M4-other-dtype", lambda root: _entry(root, "tensors", NORM).update(dtype="F16"), tensor=NORM, also=("M7",)),
-    _manifest("M4-other-shape", lambda r: _entry(r, "tensors", EMBEDDING).update(shape=[16, 8]), tensor=EMBEDDING, also=("M7",)),
-    _manifest("M4-other-shard", lambda root: _entry(root, "tensors", NORM).update(shard="model-2.safetensors"), tensor=NORM),
-    _manifest("M5-other-digest", lambda root: _flipped_digest(_entry(root, "tensors", NORM)), tensor=NORM, also=("M7",)),
+    _manifest(
+        "M4-other-dtype", lambda root: _entry(root, "tensors", NORM).update(dtype="F16"), tensor=NORM, also=("M7",)
+    ),
+    _manifest(
+        "M4-other-shape",
+        lambda r: _entry(r, "tensors", EMBEDDING).update(shape=[16, 8]),
+        tensor=EMBEDDING,
+        also=("M7",),
+    ),
+    _manifest(
+        "M4-other-shard", lambda root: _entry(root, "tensors", NORM).update(shard="model-2.safetensors"), tensor=NORM
+    ),
+    _manifest(
+        "M5-other-digest", lambda root: _flipped_digest(_entry(root, "tensors", NORM)), tensor=NORM, also=("M7",)
+    ),
     Case("M5-flipped-bit", on_disk(_flip_data, reseal="nothing"), file=SINGLE, also=("M6", "M7")),
-    Case("M6-changed-file", on_disk(raw_file(lambda d: d + b"\n", "config.json"), reseal="nothing"), file="config.json"),
+    Case(
+        "M6-changed-file", on_disk(raw_file(lambda d: d + b"\n", "config.json"), reseal="nothing"), file="config.json"
+    ),
     _manifest("M6-other-size", lambda root: _entry(root, "files", SINGLE).update(size=1), file=SINGLE),
     _manifest("M6-other-digest", lambda root: _flipped_digest(_entry(root, "files", SINGLE)), file=SINGLE),
     _manifest("M6-shard-not-listed", _without("files", SINGLE), file=SINGLE),
@@ -100,7 +115,9 @@ MANIFESTS = [
     _manifest("M9-parent-directory", _outside("../secret.txt")),
     _manifest("M9-absolute-path", _outside("/etc/hostname")),
     _manifest("M9-backslash", _outside("..\\secret.txt")),
-    _manifest("M9-shard-in-a-directory", lambda root: _entry(root, "tensors", NORM).update(shard="weights/a.safetensors")),
+    _manifest(
+        "M9-shard-in-a-directory", lambda root: _entry(root, "tensors", NORM).update(shard="weights/a.safetensors")
+    ),
 ]
 
 
@@ -119,7 +136,9 @@ FUTURE = [
 ]
 
 
-def paired(change_repo: Callable[[Path], None] | None = None, change_source: Callable[[Path], None] | None = None) -> Any:
+def paired(
+    change_repo: Callable[[Path], None] | None = None, change_source: Callable[[Path], None] | None = None
+) -> Any:
     """A builder of a checkpoint and the source it was made from."""
 
     def build(path: Path) -> None:

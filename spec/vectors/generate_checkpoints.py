@@ -111,7 +111,7 @@ def other_dtypes() -> Checkpoint:
 def awkward_names() -> Checkpoint:
     """Names that need JSON escapes or sort differently by code point, UTF-16 unit and locale."""
     names = ['model.q"uote.weight', "model.back\\slash.weight", "model.\u00e9\u6c34.weight", "model.\U0001f600.weight"]
-    return make_checkpoint(quantized={name: (2, 32) for name in names}, plain={"model.\uffee.weight": (4,)})
+    return make_checkpoint(quantized=dict.fromkeys(names, (2, 32)), plain={"model.\uffee.weight": (4,)})
 
 
 def plain_bitsandbytes() -> Checkpoint:

@@ -72,7 +72,12 @@ def decode_vector(about: str, packed: torch.Tensor, state: State) -> dict[str, A
         changed = 0
     tensors = {"weight": stored(packed)}
     tensors.update({f"weight.{key}": stored(value) for key, value in state.as_dict(packed=True).items()})
-    found = {"about": about, "made_with": MADE_WITH, "tensors": tensors, "decoded": stored(decoded.reshape(state.shape))}
+    found = {
+        "about": about,
+        "made_with": MADE_WITH,
+        "tensors": tensors,
+        "decoded": stored(decoded.reshape(state.shape)),
+    }
     if changed:
         found["signs_of_zero_changed"] = changed
     return found
@@ -99,7 +104,9 @@ def decode_cases() -> Iterator[tuple[str, dict[str, Any]]]:
                 parts = quantized(weights(400, dtype, seed), (4, 100), quant_type, 64, nested)
                 yield name, decode_vector("six full blocks and a ragged tail of 16", *parts)
     for blocksize in BLOCKSIZES:
-        parts = quantized(weights(blocksize + 70, torch.bfloat16, blocksize), (1, blocksize + 70), "nf4", blocksize, True)
+        parts = quantized(
+            weights(blocksize + 70, torch.bfloat16, blocksize), (1, blocksize + 70), "nf4", blocksize, True
+        )
         yield f"nf4-blocksize-{blocksize}", decode_vector("a full block and what remains", *parts)
     parts = quantized(weights(32 * 260, torch.bfloat16, 7), (65, 128), "nf4", 32, True)
     yield "nf4-two-nested-blocks", decode_vector("260 blocks: nested blocks of 256 and 4", *parts)
@@ -138,7 +145,10 @@ def crafted_decode_cases() -> Iterator[tuple[str, dict[str, Any]]]:
                 torch.tensor(offset), State(torch.tensor([nested]), None, nested_code, 256, None, torch.float32),
             )  # fmt: skip
             packed = every.repeat(16, 1)[: blocks * 16]
-            yield f"{quant_type}-nested-codes-{label}", decode_vector(f"codes 0 to {blocks - 1} of absmax", packed, state)
+            yield (
+                f"{quant_type}-nested-codes-{label}",
+                decode_vector(f"codes 0 to {blocks - 1} of absmax", packed, state),
+            )
 
 
 def encode_vector(about: str, values: torch.Tensor, quant_type: str, blocksize: int) -> dict[str, Any]:
@@ -166,10 +176,16 @@ def encode_cases() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{quant_type}-{label}", vector
         for blocksize in BLOCKSIZES:
             values = weights(blocksize + 70, torch.bfloat16, seed + blocksize)
-            yield f"{quant_type}-blocksize-{blocksize}", encode_vector("a full block and the rest", values, quant_type, blocksize)
+            yield (
+                f"{quant_type}-blocksize-{blocksize}",
+                encode_vector("a full block and the rest", values, quant_type, blocksize),
+            )
         for count in (1, 2, 3, 63, 65):
             values = weights(count, torch.float32, count)
-            yield f"{quant_type}-elements-{count}", encode_vector("a ragged block alone or last", values, quant_type, 64)
+            yield (
+                f"{quant_type}-elements-{count}",
+                encode_vector("a ragged block alone or last", values, quant_type, 64),
+            )
         for name, about, values in edge_inputs(quant_type):
             yield f"{quant_type}-{name}", encode_vector(about, values, quant_type, 64)
 
@@ -181,7 +197,11 @@ def edge_inputs(quant_type: str) -> Iterator[tuple[str, str, torch.Tensor]]:
     one = torch.tensor([1.0])
     yield "ties", "exact midpoints and their neighbours, absmax 1", torch.cat([one, near, near[:18].neg()])
     yield "ties-in-a-tail", "the same where the last block is ragged", torch.cat([torch.ones(64), one, near, one])
-    yield "ties-scaled", "midpoints times 3, whose reciprocal is rounded", torch.cat([one * 3, near * 3, near[:18] * -3])
+    yield (
+        "ties-scaled",
+        "midpoints times 3, whose reciprocal is rounded",
+        torch.cat([one * 3, near * 3, near[:18] * -3]),
+    )
     yield "code-values", "every code value itself", torch.cat([bnb.get_4bit_type(quant_type, device="cpu")] * 4)
     yield "zero-block", "a zero block, then one that is not", torch.cat([torch.zeros(64), torch.ones(64)])
     yield "zero-tail", "a full block, then a zero tail of 5", torch.cat([torch.ones(64), torch.zeros(5)])
@@ -253,10 +273,12 @@ def write_llama(target: Path) -> None:
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             data = raw(bnb.dequantize_4bit(module.weight.data, module.weight.quant_state))
-            shape = list(module.weight.quant_state.shape)
             decoded[f"{name}.weight"] = {
-                "file": "model.safetensors", "dtype": "bfloat16", "shape": shape, "sha256": hashlib.sha256(data).hexdigest(),
-            }  # fmt: skip
+                "file": "model.safetensors",
+                "dtype": "bfloat16",
+                "shape": list(module.weight.quant_state.shape),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
     about = "Written by transformers and bitsandbytes, which know nothing of this format; nested offsets are theirs."
     write_json(target / "expected.json", {"about": about, "made_with": MADE_WITH, "decoded": decoded})
 

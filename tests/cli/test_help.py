@@ -109,7 +109,6 @@ def test_every_reason_has_a_label() -> None:
         (["convert", "a", "b", "--threads", "two"], "'two' is not a valid int"),
         (["convert", "a", "b", "--shard-size", "5XB"], "'5XB' is not a size; write 5GB, 500MB or 2GiB"),
         (["convert", "a", "b", "--shard-size", "0"], "'0' is out of range"),
-        (["convert", "a", "b", "--resume", "--overwrite"], "exclude each other"),
         (["export", "a", "b"], "missing option '--dtype'"),
         (["export", "a", "b", "--dtype", "int8"], "'int8' is not one of"),
         (["verify"], "missing argument 'PATH'"),

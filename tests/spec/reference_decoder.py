@@ -1,4 +1,4 @@
-"""The reference decoder behind the protocol of the kit: python tests/spec/reference_decoder.py (see spec/kit/run.py)."""
+"""The reference decoder behind the protocol of spec/kit/run.py: python tests/spec/reference_decoder.py."""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from qlformat.codebook import CODEBOOKS
 from qlformat.errors import QlfError
+from qlformat.layout import QuantState
 from tests import builders
 from tests.builders import DEFAULT_QUANTIZED
 
@@ -172,8 +174,10 @@ def ask(command: Path, path: Path, weight: str) -> tuple[int, bytes, str]:
 def mutants(seed: int) -> Callable[[bytes], bytes]:
     """A random change of a file: bytes of the header or the quant_state, a JSON token, or its length."""
     chance = random.Random(seed)
-    tokens = [b"0", b"-1", b"18446744073709551616", b"9223372036854775807", b"1e5", b'"', b"[", b"{", b"null", b"\\u0000",
-              b"\\ud800", b"\xff", b"\xc3\xa9", b",", b"}"]  # fmt: skip
+    tokens = [
+        b"0", b"-1", b"18446744073709551616", b"9223372036854775807", b"1e5", b'"', b"[", b"{", b"null", b"\\u0000",
+        b"\\ud800", b"\xff", b"\xc3\xa9", b",", b"}",
+    ]  # fmt: skip
 
     def change(data: bytes) -> bytes:
         changed = bytearray(data)
@@ -230,13 +234,15 @@ def test_float16_and_bfloat16_are_rounded_to_nearest_even(decoder: Path, tmp_pat
 
     halves = np.arange(0, 0x7C00, 7, dtype=np.uint16).view(np.float16).astype(np.float32)
     middles = (halves[:-1] + halves[1:]) / 2
-    scales = np.concatenate([halves, middles, np.nextafter(middles, np.float32(9e9)), np.float32([65519.9, 65520, 7e4])])
+    scales = np.concatenate(
+        [halves, middles, np.nextafter(middles, np.float32(9e9)), np.float32([65519.9, 65520, 7e4])]
+    )
     scales = np.resize(scales, scales.size - scales.size % 2).astype(np.float32)
     for dtype in ("float16", "bfloat16"):
         shape = (scales.size, 32)
         packed = np.full(scales.size * 16, 0xF0, dtype=np.uint8)  # +1 and -1 in turn
-        state = builders.QuantState("nf4", 32, dtype, shape, None)
-        parts = {"w": packed, "w.absmax": scales, "w.quant_map": builders.CODEBOOKS["nf4"].values}
+        state = QuantState("nf4", 32, dtype, shape, None)
+        parts = {"w": packed, "w.absmax": scales, "w.quant_map": CODEBOOKS["nf4"].values}
         parts["w.quant_state.bitsandbytes__nf4"] = np.frombuffer(state.to_json(), dtype=np.uint8)
         specs = state.tensor_specs("w")
         tensors = {name: builders.Tensor(*specs[name], array.tobytes()) for name, array in parts.items()}

@@ -21,8 +21,8 @@ CASES = ROOT / "spec" / "vectors" / "checkpoints"
 ABSENT = object()
 REPLACEMENTS: list[Any] = [
     ABSENT, None, True, False, 0, 1, 2, -1, 64, 256, 1.0, 0.5, -0.5, "", "x", "nf4", "none", "float16", "U8", "../x",
-    "a/b", "/a", "a//b", ".", "..", "a\\b", "c:d", "a\nb", "x\n", "\u200b", "0" * 64, "0" * 64 + "\n", "A" * 64, [], [1],
-    [-1], [1.0], [True], ["x"], {}, {"x": 1},
+    "a/b", "/a", "a//b", ".", "..", "a\\b", "c:d", "a\nb", "x\n", "\u200b", "0" * 64, "0" * 64 + "\n", "A" * 64,
+    [], [1], [-1], [1.0], [True], ["x"], {}, {"x": 1},
 ]  # fmt: skip
 
 
@@ -180,7 +180,9 @@ def valid_repositories() -> list[Path]:
 @pytest.mark.parametrize("repo", valid_repositories(), ids=lambda repo: repo.parent.name)
 def test_valid_checkpoints_satisfy_the_schemas(repo: Path) -> None:
     config = json.loads((repo / "config.json").read_text())["quantization_config"]
-    assert schema("quantization_config").is_valid(config) == (repo.parent.name not in ("plain-null-skip", "plain-from-transformers"))
+    assert schema("quantization_config").is_valid(config) == (
+        repo.parent.name not in ("plain-null-skip", "plain-from-transformers")
+    )
     if (repo / "qlf.json").exists():
         schema("qlf").validate(json.loads((repo / "qlf.json").read_text()))
     for shard in repo.glob("*.safetensors"):

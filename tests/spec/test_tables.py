@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from types import ModuleType
@@ -87,7 +88,7 @@ def dynamic_map(fused: bool) -> F32:
             exact = np.float32(float(base) + float(step) * factor)  # float64 holds product and sum exactly
             edges.append(exact if fused else base + step * np.float32(factor))
         power = np.float32(10.0 ** (exponent - 6))
-        for left, right in zip(edges, edges[1:], strict=False):
+        for left, right in pairwise(edges):
             value = (left + right) / np.float32(2) * power
             values += [float(value), -float(value)]
     return np.sort(np.array(values, dtype=np.float32))

@@ -361,6 +361,18 @@ def test_the_first_block_that_is_not_finite_is_named(isa: str, dtype: str, value
             assert "\n" not in str(caught.value)
 
 
+def test_the_first_bad_block_is_named_whichever_thread_finds_one_first() -> None:
+    piece = 1 << 17  # elements that one thread takes at a time
+    early = [0, 2 * piece - 1, 3 * piece - 1, 4 * piece]
+    for positions in (early, [piece - 1, piece, 2 * piece, 5 * piece]):
+        x = np.zeros(6 * piece, dtype=np.uint16)
+        x[positions] = 0x7F80
+        for threads in (1, 2, 3) * 8:
+            with pytest.raises(native.NonFiniteError) as caught:
+                native.quantize(x, dtype="bfloat16", threads=threads)
+            assert caught.value.block == positions[0] // 64
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_double_quantization_equals_the_reference(threads: int) -> None:
     rng = np.random.default_rng(5)
