@@ -55,6 +55,8 @@ def open_files(path: str | Path) -> Files:
     """
     if Path(path).is_dir():
         return LocalFiles(Path(path))
+    if Path(path).exists():
+        raise QlfError(f"{path}: found a file, needed the directory that holds it")
     repo_id, revision = _parse(path)
     import huggingface_hub
 

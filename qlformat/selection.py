@@ -323,7 +323,7 @@ class _Model:
                 found.append((module, other or _Rules.of("", "")))
                 if other is None:
                     self.known = False
-                    self.notes.append(f"{key} of type {kind!r} is unknown: its tensors were chosen by their names alone")
+                    self.notes.append(f"{key} of type {kind!r} is unknown: its tensors were chosen by name alone")
         return found
 
     def loader(self, names: Iterable[str]) -> _Loader:

@@ -41,11 +41,11 @@ from tests.shard_files import (
 )
 
 __all__ = [
-    "DEFAULT_PLAIN", "DEFAULT_QUANTIZED", "DTYPE_BYTES", "INDEX", "LLAMA_CONFIG", "LLAMA_PLAIN", "LLAMA_QUANTIZED", "SINGLE",
-    "Checkpoint", "Tensor", "build_checkpoint", "build_source", "container_bytes", "edit_header", "edit_json",
-    "example_values", "file_entries", "flip_bit", "json_bytes", "make_checkpoint", "plain_weight",
-    "quantization_config", "quantized_weight", "read_container", "read_tensors", "reseal", "shard_bytes", "shard_name",
-    "source_bits",
+    "DEFAULT_PLAIN", "DEFAULT_QUANTIZED", "DTYPE_BYTES", "INDEX", "LLAMA_CONFIG", "LLAMA_PLAIN", "LLAMA_QUANTIZED",
+    "SINGLE", "Checkpoint", "Tensor", "build_checkpoint", "build_source", "container_bytes", "edit_header",
+    "edit_json", "example_values", "file_entries", "flip_bit", "json_bytes", "make_checkpoint", "plain_weight",
+    "quantization_config", "quantized_weight", "read_container", "read_tensors", "reseal", "shard_bytes",
+    "shard_name", "source_bits",
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]

@@ -84,6 +84,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True},
 }
+# Blocks shared by layers are tied only where there are enough layers.
+TIED_LAYERS = ("zamba", "zamba2")
 LAYER_COUNTS = frozenset(
     "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers "
     "num_encoder_layers depth".split()
@@ -117,7 +119,7 @@ def default_config(model_type: str, class_name: str) -> Any:
     return text if isinstance(text, wanted) else wanted()
 
 
-def shrink(config: dict[str, Any], layers: int = 6, experts: int = 8) -> dict[str, Any]:
+def shrink(config: dict[str, Any], layers: int = 6, experts: int = 16) -> dict[str, Any]:
     """The same configuration with few layers and experts; lists with one entry a layer keep one of each kind."""
     counts = {config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)}
     small = dict(config)
@@ -147,6 +149,8 @@ def build(class_name: str, config: Any) -> Any:
 
 def small_model(class_name: str, config: Any) -> Any:
     """A model of `config` with few layers, or of `config` itself where it cannot be shrunk."""
+    if config.model_type in TIED_LAYERS:
+        return build(class_name, config)
     try:
         return build(class_name, type(config).from_dict(shrink(config.to_dict())))
     except Exception:
@@ -156,7 +160,7 @@ def small_model(class_name: str, config: Any) -> Any:
 def variants(class_name: str, config: Any) -> Iterator[Any]:
     """Models of the default configuration, and of the small one with each of its switches flipped."""
     yield build(class_name, config)
-    base = shrink(config.to_dict())
+    base = config.to_dict() if config.model_type in TIED_LAYERS else shrink(config.to_dict())
     for path, key, value in _switches(base):
         changed = json.loads(json.dumps(base, default=str))
         place = changed
@@ -380,10 +384,12 @@ def make(wanted: Sequence[str]) -> dict[str, Any]:
     names = {key: _origin(key, conversions.groups) for key in conversions.groups}
     for entry in flat.values():
         entry["load"] = [[names[group], scope] for group, scope in entry.get("load", ())]
+        if not entry["load"]:
+            del entry["load"]
     return {
         "transformers": transformers.__version__,
         "types": dict(sorted(types.items())),
-        "rules": {key: entry for key, e in sorted(flat.items()) if (entry := {k: v for k, v in e.items() if v or k in ("base", "skip")})},
+        "rules": {key: entry for key, entry in sorted(flat.items()) if entry},
         "conversions": {key: conversions.groups[key] for key in sorted(set(names.values()))},
     }
 

@@ -336,13 +336,10 @@ def set_shape(built: builders.Checkpoint, shape: list[int]) -> None:
 )
 def test_structure(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     rule: str,
     tensor: str,
     change: Callable[[builders.Checkpoint], None],
 ) -> None:
-    monkeypatch.setitem(builders.DTYPE_BYTES, "F8_E4M3", 1)
-    monkeypatch.setitem(builders.DTYPE_BYTES, "C64", 8)
     built = make_checkpoint()
     change(built)
     built.write(tmp_path)

@@ -166,6 +166,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QlfError, match="'awq'"):
         summarize(tmp_path / "a")
     build_checkpoint(tmp_path / "b")
+    with pytest.raises(QlfError, match="found a file"):
+        summarize(tmp_path / "b" / SINGLE)
     (tmp_path / "b" / SINGLE).unlink()
     assert rule(tmp_path / "b") == "R1"
     (tmp_path / "b" / "pytorch_model.bin").touch()
