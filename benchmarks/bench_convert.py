@@ -31,6 +31,7 @@ config = BitsAndBytesConfig(
 )
 AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config).save_pretrained(sys.argv[2])
 """
+OUTPUTS = ("bench-output-qlf", "bench-output-peer")
 LARGE = {"deep": ["4b-deep"], "wide": ["4b-wide"], "both": ["4b-deep", "4b-wide"]}
 GOAL_RATIO = 20
 GOAL_PEAK = 500_000_000
@@ -65,9 +66,9 @@ def in_turns(model: Path, workdir: Path, repeats: int, peer: bool) -> tuple[Summ
     warm(model)
     ours, theirs = [], []
     for _ in range(repeats):
-        ours.append(qlf_run(model, workdir / "ours"))
+        ours.append(qlf_run(model, workdir / OUTPUTS[0]))
         if peer:
-            theirs.append(peer_run(model, workdir / "theirs"))
+            theirs.append(peer_run(model, workdir / OUTPUTS[1]))
     return summarize(ours), summarize(theirs) if theirs else None
 
 
@@ -78,6 +79,14 @@ def random_llama(workdir: Path, shape: str) -> Path:
         print(f"writing {out}", flush=True)
         run_process([sys.executable, ROOT / "benchmarks" / "make_random_llama.py", out, "--shape", shape])
     return out
+
+
+def clean(workdir: Path) -> None:
+    """Remove what this script made in the work directory, and the directory when nothing else is in it."""
+    for name in (*OUTPUTS, *(f"random-llama-{shape}" for shape in ("1b", *LARGE["both"]))):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+    if not any(workdir.iterdir()):
+        workdir.rmdir()
 
 
 def smollm2() -> Path:
@@ -115,11 +124,11 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, default=default, help=f"for models and results (default {default})")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", choices=[*LARGE, "none"], default="both", help="which of the 4 times larger models")
-    parser.add_argument("--cleanup", action="store_true", help="remove the work directory at the end")
+    parser.add_argument("--cleanup", action="store_true", help="remove the random models at the end")
     options = parser.parse_args()
     workdir: Path = options.workdir
     workdir.mkdir(parents=True, exist_ok=True)
-    for left in ("ours", "theirs"):
+    for left in OUTPUTS:
         shutil.rmtree(workdir / left, ignore_errors=True)
     try:
         figures = {"SmolLM2-135M": compare("SmolLM2-135M-Instruct", smollm2(), workdir, options.repeats, True)}
@@ -143,7 +152,7 @@ def main() -> int:
         return 1
     finally:
         if options.cleanup:
-            shutil.rmtree(workdir, ignore_errors=True)
+            clean(workdir)
     return 0
 
 

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from qlformat.checkpoint import open_checkpoint as open  # noqa: A004 (qlformat.open reads like gzip.open)
     from qlformat.converter import Report, convert
     from qlformat.errors import FormatError, NativeError, QlfError, SourceError, TargetError
-    from qlformat.export import ExportReport, export
+    from qlformat.exporter import ExportReport, export
     from qlformat.layout import QuantState, Recipe
     from qlformat.summary import Summary, summarize
-    from qlformat.verify import Finding, verify
+    from qlformat.verifier import Finding, verify
 
 _HOME = {
     "Checkpoint": "checkpoint",
-    "ExportReport": "export",
-    "Finding": "verify",
+    "ExportReport": "exporter",
+    "Finding": "verifier",
     "FormatError": "errors",
     "NativeError": "errors",
     "QlfError": "errors",
@@ -34,10 +34,10 @@ _HOME = {
     "Summary": "summary",
     "TargetError": "errors",
     "convert": "converter",
-    "export": "export",
+    "export": "exporter",
     "open": "checkpoint",
     "summarize": "summary",
-    "verify": "verify",
+    "verify": "verifier",
 }
 
 __all__ = [

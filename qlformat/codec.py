@@ -126,9 +126,11 @@ def double_dequantize(codes: U8, nested_absmax: F32, nested_offset: np.float32) 
     return reference.double_dequantize(codes, nested_absmax, nested_offset)
 
 
-def squared_error(absmax: F32, moments: F32) -> tuple[float, float]:
-    """Squared error and squared norm of a tensor (reference.squared_error)."""
-    return native.squared_error(absmax, moments) if native.available() else reference.squared_error(absmax, moments)
+def squared_error(absmax: F32, moments: F32, start: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
+    """Squared error and squared norm of a tensor, added to those of the blocks before (reference.squared_error)."""
+    if native.available():
+        return native.squared_error(absmax, moments, start)
+    return reference.squared_error(absmax, moments, start)
 
 
 def transpose(matrix: Array) -> Array:

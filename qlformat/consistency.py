@@ -91,9 +91,15 @@ def _check_skip_modules(checkpoint: StoredCheckpoint, declared: dict[str, Any], 
 
 
 def _check_keys(checkpoint: StoredCheckpoint, parsed: manifest.Manifest, report: Report) -> None:
-    """Rule M1: qlf.json says what its parsed form says, no more and no less."""
-    found = strict_json(repository.read_file(checkpoint.path, manifest.FILE_NAME))
-    difference = _difference("", found, json.loads(parsed.to_json()))
+    """Rule M1: qlf.json says what its parsed form says, no more and no less. Rule M6: its own hash is right."""
+    data = repository.read_file(checkpoint.path, manifest.FILE_NAME)
+    found, needed = strict_json(data), json.loads(parsed.to_json())
+    said, digest = found.pop("self_sha256"), manifest.self_sha256(data)
+    if said != digest:
+        message = f"its own sha256 is {digest}, it says {said}; fetch it again"
+        report(FormatError(message, rule="M6", file=manifest.FILE_NAME))
+    del needed["self_sha256"]
+    difference = _difference("", found, needed)
     if difference:
         report(FormatError(difference, rule="M1", file=manifest.FILE_NAME))
 

@@ -155,7 +155,7 @@ class _Run:
         self._writers = [
             ShardWriter(staging.path / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
         ]
-        self._stream = TensorStream(self._writers, self._meter)
+        self._stream = TensorStream(staging.path, self._writers, self._meter)
         self._lock = threading.Lock()
         self._pending = Counter(item.shard for item in plan.items)
         self._stored: dict[str, StoredWeight] = {}
@@ -180,6 +180,7 @@ class _Run:
 
     def _close(self) -> None:
         self.journal.close()
+        self._stream.close()
         for hasher in self._hashers.values():
             hasher.close()
         for writer in self._writers:
@@ -237,7 +238,7 @@ class _Run:
         shards = {spec.name: self.plan.shard_names[item.shard] for item in self.plan.items for spec in item.specs}
         total = sum(entry.size for entry in self._shard_files.values()) - sum(w.data_start for w in self._writers)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
-        return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(index, indent=2) + "\n").encode()
 
     def _manifest(self, files: Sequence[FileEntry]) -> Manifest:
         items = sorted(self.plan.items, key=lambda item: natural_key(item.name))

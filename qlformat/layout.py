@@ -212,7 +212,8 @@ def parse_quant_state(data: bytes, weight: str, suffix_type: str) -> QuantState:
 
 def _state_problem(fields: Mapping[str, Any], suffix_type: str) -> str | None:
     if suffix_type not in QUANT_TYPES or fields["quant_type"] != suffix_type:
-        return f"found quant_type {shown(fields['quant_type'])} under the suffix {suffix_type!r}, needed nf4 or fp4 in both"
+        found = shown(fields["quant_type"])
+        return f"found quant_type {found} under the suffix {shown(suffix_type)}, needed nf4 or fp4 in both"
     if type(fields["blocksize"]) is not int or fields["blocksize"] not in BLOCKSIZES:
         return f"found blocksize {shown(fields['blocksize'])}, needed one of {BLOCKSIZES}"
     if fields["dtype"] not in SOURCE_DTYPES:

@@ -19,6 +19,8 @@ UNDERSTOOD: frozenset[str] = frozenset()
 """must_understand keys that this version implements. None yet; "stacked_experts" is reserved."""
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_SELF = re.compile(rb'("self_sha256"\s*:\s*")([0-9a-f]{64})(")')
+_NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Manifest:
         for key, entries in (("weights", self.weights), ("tensors", self.tensors), ("files", self.files)):
             rows = ",\n".join(f"    {json.dumps(_without_none(asdict(entry)))}" for entry in entries)
             lines.append(f'  "{key}": [\n{rows}\n  ]' if rows else f'  "{key}": []')
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        lines.append(f'  "self_sha256": "{_NO_DIGEST}"')
+        return seal(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def _without_none(entry: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +128,17 @@ def fingerprint(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str
     """
     rows = [[name, dtype, list(shape), digest] for name, dtype, shape, digest in sorted(tensors)]
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def self_sha256(data: bytes) -> str:
+    """sha256 of a manifest with the 64 digits of its self_sha256 replaced by zeros: a hash of all its other bytes."""
+    return hashlib.sha256(_SELF.sub(rb"\g<1>" + _NO_DIGEST.encode() + rb"\g<3>", data)).hexdigest()
+
+
+def seal(data: bytes) -> bytes:
+    """The manifest with its self_sha256 set to the right value."""
+    digest = self_sha256(data).encode()
+    return _SELF.sub(rb"\g<1>" + digest + rb"\g<3>", data)
 
 
 def parse(data: bytes) -> Manifest:
@@ -162,6 +176,7 @@ def parse(data: bytes) -> Manifest:
         fingerprint=_digest(root, "fingerprint"),
         must_understand=keys,
     )
+    _digest(root, "self_sha256")  # whether it is right is for a verifier to say (rule M6)
     _check_unique([entry.name for entry in manifest.tensors], "tensors")
     _check_unique([entry.name for entry in manifest.weights], "weights")
     _check_unique([entry.name for entry in manifest.files], "files")

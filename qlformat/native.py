@@ -38,15 +38,15 @@ _QUANT_TYPES = {"nf4": 0, "fp4": 1}
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _CACHE_LINE = 64
 
-_P, _I32, _U32, _U64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_float
+_P, _I32, _U32, _U64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "qlf_abi_version": (),
     "qlf_isa_supported": (_I32,),
     "qlf_quantize": (_P, _I32, _U64, _I32, _U32, _P, _P, _P, _P, _I32, _I32),
     "qlf_dequantize": (_P, _P, _U64, _I32, _U32, _I32, _P, _I32, _I32),
-    "qlf_dequantize_nested": (_P, _P, _P, _F32, _U64, _U64, _I32, _U32, _I32, _P, _I32, _I32),
+    "qlf_dequantize_nested": (_P, _P, _P, _P, _U64, _U64, _I32, _U32, _I32, _P, _I32, _I32),
     "qlf_double_quantize": (_P, _U64, _P, _P, _P, _P, _I32),
-    "qlf_double_dequantize": (_P, _P, _F32, _U64, _P),
+    "qlf_double_dequantize": (_P, _P, _P, _U64, _P),
     "qlf_squared_error": (_P, _P, _U64, _P, _P),
     "qlf_transpose": (_P, _U64, _U64, _U32, _P, _I32),
 }
@@ -409,8 +409,8 @@ def double_dequantize(codes: U8, nested_absmax: F32, offset: float | np.float32)
     return absmax
 
 
-def squared_error(absmax: F32, moments: F32) -> tuple[float, float]:
-    """Squared error and squared norm of a tensor from its decoded absmax [nb] and moments [nb, 3].
+def squared_error(absmax: F32, moments: F32, start: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
+    """Squared error and squared norm of nb blocks, decoded absmax [nb] and moments [nb, 3], added in order to `start`.
 
     Raises:
         NativeError: unusable arguments, or no library.
@@ -418,7 +418,7 @@ def squared_error(absmax: F32, moments: F32) -> tuple[float, float]:
     library = _library()
     scales = _checked("absmax", absmax, (np.float32,), getattr(absmax, "size", 0))
     sums = _checked("moments", moments, (np.float32,), 3 * absmax.size)
-    error, signal = ctypes.c_double(), ctypes.c_double()
+    error, signal = ctypes.c_double(start[0]), ctypes.c_double(start[1])
     _raise(library.qlf_squared_error(scales, sums, absmax.size, ctypes.byref(error), ctypes.byref(signal)))
     return error.value, signal.value
 

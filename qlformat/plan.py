@@ -18,7 +18,7 @@ from qlformat.source import TORCH_DTYPES, Source, SourceTensor
 
 _OFFSET_DIGITS = 24
 """Longest text of a float32 value printed as a double, such as -1.1754943508222875e-38."""
-_PLAIN_DTYPES = {dtype for dtype in TORCH_NAMES if not dtype.startswith("F8")}
+_PLAIN_DTYPES = {dtype for dtype in TORCH_NAMES if not dtype.startswith(("F8", "C"))}
 
 
 @dataclass(frozen=True)
@@ -187,4 +187,4 @@ def output_config(config: dict[str, Any], plan: Plan) -> bytes:
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
-    return (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(written, indent=2) + "\n").encode()

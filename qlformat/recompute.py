@@ -117,7 +117,7 @@ class SourceComparison:
 
     def _compare_quantized(self, weight: Weight, state: QuantState, tensor: SourceTensor) -> None:
         absmax = np.empty(state.blocks, dtype=np.float32)
-        sums = _ErrorSums()
+        sums = (0.0, 0.0)
         differing, first_differing = 0, 0
         for start, values in self._chunks(weight, state, tensor):
             if self._stop.is_set():
@@ -140,7 +140,8 @@ class SourceComparison:
             if wrong.any():
                 first_differing = first_differing if differing else start + 2 * int(wrong.argmax())
                 differing += int(wrong.sum())
-            sums.add(self._checkpoint.absmax(weight, blocks.start, blocks.stop), moments)
+            decoded = self._checkpoint.absmax(weight, blocks.start, blocks.stop)
+            sums = codec.squared_error(decoded, moments, sums)
         if differing:
             message = f"{differing} of {-(-state.elements // 2)} packed bytes differ from the source's"
             self._bad(f"{message}, the first at element {first_differing}", weight.name)
@@ -214,12 +215,13 @@ class SourceComparison:
         )
         return stored
 
-    def _compare_error(self, weight: Weight, state: QuantState, sums: _ErrorSums) -> None:
+    def _compare_error(self, weight: Weight, state: QuantState, sums: tuple[float, float]) -> None:
         entry = self._recorded.get(weight.name)
         if entry is None:
             return
-        rms = math.sqrt(max(sums.error, 0.0) / state.elements)
-        relative = math.sqrt(max(sums.error, 0.0) / sums.signal) if sums.signal else 0.0
+        error, signal = max(sums[0], 0.0), sums[1]
+        rms = math.sqrt(error / state.elements)
+        relative = math.sqrt(error / signal) if signal else 0.0
         for kind, found, recorded in _error_figures(entry, rms, relative):
             if recorded not in (found, float(f"{found:.6g}")):
                 message = f"{kind} is {recorded!r} in qlf.json, the source gives {found:.6g}"
@@ -231,22 +233,6 @@ class SourceComparison:
     def _bad(self, message: str, tensor: str, severity: Severity = "error") -> None:
         stored = self._checkpoint.tensors.get(tensor)
         self._report(FormatError(message, rule="E5", tensor=tensor, file=stored.shard if stored else None), severity)
-
-
-class _ErrorSums:
-    """The sums of reference.squared_error, advanced chunk by chunk in the same order of additions."""
-
-    def __init__(self) -> None:
-        self.error = 0.0
-        self.signal = 0.0
-
-    def add(self, absmax: F32, moments: F32) -> None:
-        """Add blocks: their decoded absmax and moments."""
-        scale = absmax.astype(np.float64)
-        square, cross, norm = moments.astype(np.float64).T
-        error = square - 2.0 * scale * cross + scale * scale * norm
-        self.error = float(np.cumsum(np.concatenate(([self.error], error)))[-1])
-        self.signal = float(np.cumsum(np.concatenate(([self.signal], square)))[-1])
 
 
 def _code_steps(codes: U8, residual: F32, largest: F32) -> npt.NDArray[np.int16]:

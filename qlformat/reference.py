@@ -145,9 +145,15 @@ def block_moments(x: F32, packed: U8, quant_type: str, blocksize: int) -> F32:
     return moments
 
 
-def squared_error(absmax: F32, moments: F32) -> tuple[float, float]:
-    """Squared error and squared norm of a tensor, from its decoded absmax and block moments, both summed in float64."""
+def squared_error(absmax: F32, moments: F32, start: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
+    """Squared error and squared norm of a tensor, from its decoded absmax and block moments, summed in float64.
+
+    The blocks are added in order to `start`, so a tensor may be summed in pieces with the same result.
+    """
     scale = absmax.astype(np.float64)
     square, cross, norm = moments.astype(np.float64).T
     error = square - 2.0 * scale * cross + scale * scale * norm
-    return float(np.cumsum(error)[-1]), float(np.cumsum(square)[-1])
+    sums = [
+        np.cumsum(np.concatenate(([first], terms)))[-1] for first, terms in zip(start, (error, square), strict=True)
+    ]
+    return float(sums[0]), float(sums[1])

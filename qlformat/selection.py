@@ -41,6 +41,10 @@ _LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
 # transformers looks for `weight` and its companions in the whole name, and stops at the first.
 _UNLOADABLE = re.compile(r"weight(?!\w)")
 
+_UNPACKS_EXPERTS = (
+    "transformers replaces the fused experts of this model by one linear layer each when it loads a 4-bit checkpoint, "
+    "so it cannot load those that stay fused: use a source that stores its experts one by one"
+)
 _QUANTIZED = frozenset({"linear", "conv1d"})
 # Reasons under which a module may still be an nn.Linear in the model, so that it has to be named in skip_modules.
 _STAYS_LINEAR = frozenset(
@@ -108,6 +112,8 @@ def select(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], ski
         else:
             left.update(model.linear_modules(loaded, parts, shape, reason))
     notes = model.notes + [f"skip pattern {glob!r} matched no tensor" for glob in skip if glob in unused]
+    if model.unpacks_experts and any(decision.reason == "fused-experts" for decision in decisions.values()):
+        notes.append(_UNPACKS_EXPERTS)
     return Selection(decisions, _skip_entries(model.skip, left, quantized), model.known, notes)
 
 
@@ -228,7 +234,8 @@ class _Rules:
 
     skip: entry of skip_modules -> reason; keep: glob -> reason; linear, conv1d: globs of modules that are quantized;
     load: (conversion, scope or None) in the order transformers applies them; parts: key in config.json -> (model
-    type this entry was made with, its module).
+    type this entry was made with, its module); unpacks_experts: transformers replaces fused experts by linear layers
+    before it loads a 4-bit checkpoint.
     """
 
     skip: Mapping[str, str]
@@ -239,6 +246,7 @@ class _Rules:
     base: str
     roots: frozenset[str]
     parts: Mapping[str, tuple[str, str]]
+    unpacks_experts: bool
 
     @classmethod
     def of(cls, model_type: str, class_name: str) -> _Rules:
@@ -272,6 +280,7 @@ class _Rules:
             base,
             frozenset(entry.get("roots", (base, "lm_head"))),
             {key: (kind, module) for key, (kind, module) in entry.get("parts", {}).items()},
+            entry.get("unpacks_experts", False),
         )
 
     def patterns(self, skip: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:
@@ -309,6 +318,7 @@ class _Model:
         self._vocab, self._layers = text.get("vocab_size"), text.get("num_hidden_layers")
         self._patterns = rules.patterns(self.skip)
         self._patterns += [pattern for _, other in others for pattern in other.patterns(self.skip)]
+        self.unpacks_experts = rules.unpacks_experts
         self.has_conv1d = any(reason == "conv1d" for _, reason in self._patterns)
         self._cache: dict[tuple[str, bool], str] = {}
 

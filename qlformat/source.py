@@ -195,7 +195,7 @@ def _download(text: str) -> Source:
 def _read_config(source: Source) -> None:
     try:
         path = repository.resolve_file(source.directory, "config.json")
-    except FormatError as error:
+    except FormatError:
         others = sorted(p.name for p in source.directory.glob("*.gguf"))
         if others:
             raise SourceError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +18,7 @@ from qlformat import codec
 from qlformat.codebook import CODEBOOKS, DYNAMIC8
 from qlformat.errors import SourceError
 from qlformat.journal import StoredWeight
-from qlformat.layout import QuantState, quant_state_name
+from qlformat.layout import BLOCKSIZES, NESTED_BLOCKSIZE, QuantState, quant_state_name
 from qlformat.native import NonFiniteError
 from qlformat.plan import Item
 from qlformat.progress import ProgressMeter
@@ -24,6 +27,10 @@ from qlformat.shards import ShardWriter
 CHUNK_ELEMENTS = 1 << 20
 """Elements quantized at a time: a multiple of every blocksize, small enough for the CPU caches."""
 CHUNK_BYTES = 2 << 20
+
+F32 = npt.NDArray[np.float32]
+
+_MOMENTS_BYTES = 12
 
 _NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -43,10 +50,12 @@ class TensorStream:
         stop: set it to make all workers give up at their next chunk.
     """
 
-    def __init__(self, writers: Sequence[ShardWriter], meter: ProgressMeter) -> None:
+    def __init__(self, directory: Path, writers: Sequence[ShardWriter], meter: ProgressMeter) -> None:
+        self._directory = directory
         self._writers = writers
         self._meter = meter
         self._local = threading.local()
+        self._scratch_files: list[IO[bytes]] = []
         self.stop = threading.Event()
 
     def write(self, item: Item) -> StoredWeight:
@@ -56,6 +65,11 @@ class TensorStream:
             SourceError: rule E1, NaN or infinity in a weight to be quantized.
         """
         return self._copy(item) if item.state is None else self._quantize(item, item.state)
+
+    def close(self) -> None:
+        """Close the workers' scratch files."""
+        for file in self._scratch_files:
+            file.close()
 
     def is_intact(self, item: Item, stored: StoredWeight) -> bool:
         """Whether an interrupted run's bytes of a weight are all in the file (its quant_state is in the journal)."""
@@ -93,28 +107,25 @@ class TensorStream:
 
     def _quantize(self, item: Item, state: QuantState) -> StoredWeight:
         absmax = np.empty(state.blocks, dtype=np.float32)
-        moments = np.empty((state.blocks, 3), dtype=np.float32)
-        packed_sha256 = self._pack(item, state, absmax, moments)
+        packed_sha256 = self._pack(item, state, absmax)
         companions: dict[str, npt.NDArray[Any]] = {
             f"{item.name}.absmax": absmax,
             f"{item.name}.quant_map": CODEBOOKS[state.quant_type].values,
         }
-        decoded = absmax
+        nested = None
         if state.nested:
-            codes, nested_absmax, offset = codec.double_quantize(absmax)
-            decoded = codec.double_dequantize(codes, nested_absmax, offset)
+            nested = codes, nested_absmax, offset = codec.double_quantize(absmax)
             companions[f"{item.name}.absmax"] = codes
             companions[f"{item.name}.nested_absmax"] = nested_absmax
             companions[f"{item.name}.nested_quant_map"] = DYNAMIC8
             state = replace(state, nested_offset=float(offset))
-        error, signal = codec.squared_error(decoded, moments)
-        return self._companions(item, state, companions, packed_sha256, error, signal)
+        sums = self._squared_error(state, absmax, nested)
+        return self._companions(item, state, companions, packed_sha256, sums)
 
-    def _pack(
-        self, item: Item, state: QuantState, absmax: npt.NDArray[np.float32], moments: npt.NDArray[np.float32]
-    ) -> str:
-        """Quantize in chunks; absmax and moments are filled, and the sha256 of the packed bytes is returned."""
+    def _pack(self, item: Item, state: QuantState, absmax: F32) -> str:
+        """Quantize in chunks, filling absmax and the scratch file; returns the sha256 of the packed bytes."""
         digest = hashlib.sha256()
+        scratch = self._scratch()
         packed = self._buffer("packed", CHUNK_ELEMENTS // 2)
         whole = self._transposed(item, state) if item.transpose else None
         for start in range(0, state.elements, CHUNK_ELEMENTS):
@@ -124,13 +135,15 @@ class TensorStream:
             first = start // state.blocksize
             blocks = slice(first, first + -(-count // state.blocksize))
             out = packed[: -(-count // 2)]
+            moments = self._moments(blocks)
             try:
                 codec.quantize(
                     values, dtype=state.dtype, quant_type=state.quant_type, blocksize=state.blocksize,
-                    packed=out, absmax=absmax[blocks], moments=moments[blocks],
+                    packed=out, absmax=absmax[blocks], moments=moments,
                 )  # fmt: skip
             except NonFiniteError as error:
                 raise self._located(item, state, first + error.block) from None
+            os.pwrite(scratch, moments.data, first * _MOMENTS_BYTES)
             self._writers[item.shard].write(item.name, start // 2, out.data)
             digest.update(out.data)
             self._meter.add(values.nbytes)
@@ -149,14 +162,31 @@ class TensorStream:
         item.tensor.read_into(0, whole.data.cast("B"))
         return codec.transpose(whole).reshape(-1)
 
+    def _squared_error(
+        self, state: QuantState, absmax: F32, nested: tuple[npt.NDArray[np.uint8], F32, np.float32] | None
+    ) -> tuple[float, float]:
+        """Squared error and norm of the weight just packed, from the moments in the scratch file."""
+        scratch, sums = self._scratch(), (0.0, 0.0)
+        step = CHUNK_ELEMENTS // state.blocksize  # a multiple of 256, so every piece begins with a nested block
+        for first in range(0, state.blocks, step):
+            blocks = slice(first, min(first + step, state.blocks))
+            moments = self._moments(blocks)
+            os.preadv(scratch, [moments.data.cast("B")], first * _MOMENTS_BYTES)
+            decoded = absmax[blocks]
+            if nested is not None:
+                codes, nested_absmax, offset = nested
+                groups = slice(first // NESTED_BLOCKSIZE, -(-blocks.stop // NESTED_BLOCKSIZE))
+                decoded = codec.double_dequantize(codes[blocks], nested_absmax[groups], offset)
+            sums = codec.squared_error(decoded, moments, sums)
+        return sums
+
     def _companions(
         self,
         item: Item,
         state: QuantState,
         companions: dict[str, npt.NDArray[Any]],
         packed_sha256: str,
-        error: float,
-        signal: float,
+        sums: tuple[float, float],
     ) -> StoredWeight:
         writer = self._writers[item.shard]
         sha256 = {item.name: packed_sha256}
@@ -168,7 +198,7 @@ class TensorStream:
         late = quant_state_name(item.name, state.quant_type)
         writer.write_late(late, text)
         sha256[late] = hashlib.sha256(text).hexdigest()
-        return StoredWeight(item.name, sha256, text.decode(), error, signal)
+        return StoredWeight(item.name, sha256, text.decode(), *sums)
 
     def _located(self, item: Item, state: QuantState, block: int) -> SourceError:
         first = block * state.blocksize
@@ -178,6 +208,25 @@ class TensorStream:
             f"repair the source, or leave it out with --skip {item.name}",
             rule="E1", tensor=item.name, file=item.tensor.file,
         )  # fmt: skip
+
+    def _moments(self, blocks: slice) -> F32:
+        """The worker's buffer for the moments of some blocks, float32 [blocks, 3]."""
+        size = (blocks.stop - blocks.start) * _MOMENTS_BYTES
+        most = CHUNK_ELEMENTS // BLOCKSIZES[0] * _MOMENTS_BYTES
+        return self._buffer("moments", most)[:size].view(np.float32).reshape(-1, 3)
+
+    def _scratch(self) -> int:
+        """Descriptor of this worker's scratch file, which has no name.
+
+        It holds the moments of the weight in work: they are wanted again only when the whole tensor's absmax is known,
+        and in memory they would grow with the largest tensor.
+        """
+        if not hasattr(self._local, "scratch"):
+            file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 (open until close())
+            self._scratch_files.append(file)
+            self._local.scratch = file.fileno()
+        descriptor: int = self._local.scratch
+        return descriptor
 
     def _buffer(self, use: str, size: int) -> npt.NDArray[np.uint8]:
         """A buffer of this worker, made once."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.hub_server import Hub, serve_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +53,13 @@ def stories_dir() -> Path:
 def texts_dir() -> Path:
     """c4, code, multilingual, technical, tiny and wiki .utf8 files. Read only."""
     return fetched("texts")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that serves the repositories below tmp_path/hub to the real client of this process."""
+    with serve_hub(tmp_path, monkeypatch) as served:
+        yield served
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlformat.manifest import seal
+
 SINGLE = "model.safetensors"
 DTYPE_BYTES = {
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -112,7 +114,8 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Let `change` alter a JSON file: config.json, the index or qlf.json."""
     value = json.loads(path.read_bytes())
     change(value)
-    path.write_bytes(json_bytes(value))
+    data = json_bytes(value)
+    path.write_bytes(seal(data) if path.name == "qlf.json" else data)
 
 
 def flip_bit(path: Path, position: int, bit: int = 0) -> None:

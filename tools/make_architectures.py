@@ -36,7 +36,11 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # no
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
-from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert  # noqa: E402
+from transformers.quantizers.base import (  # noqa: E402
+    MODULES_TO_PATCH_FOR_QUANTIZATION,
+    HfQuantizer,
+    get_keys_to_not_convert,
+)
 from transformers.quantizers.quantizers_utils import should_convert_module  # noqa: E402
 from transformers.utils import ContextManagers  # noqa: E402
 
@@ -87,8 +91,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
 # Blocks shared by layers are tied only where there are enough layers.
 TIED_LAYERS = ("zamba", "zamba2")
 LAYER_COUNTS = frozenset(
-    "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers "
-    "num_encoder_layers depth".split()
+    ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
+    + ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 )
 QUANTIZED = frozenset({"linear", "conv1d"})
 # Switches that change no module; toggling them would only cost time.
@@ -341,6 +345,8 @@ def structure(model: Any, conversions: Conversions) -> dict[str, Any]:
         entry["roots"] = sorted(children)
     if load := conversions.of(model):
         entry["load"] = load
+    if any("bitsandbytes" in _patched(module) for module in model.modules()):
+        entry["unpacks_experts"] = True
     parts = {}
     for key in model.config.sub_configs:
         config = getattr(model.config, key, None)
@@ -350,6 +356,12 @@ def structure(model: Any, conversions: Conversions) -> dict[str, Any]:
     if parts:
         entry["parts"] = parts
     return entry
+
+
+def _patched(module: nn.Module) -> list[str]:
+    """The quantization methods for which transformers replaces this module before it loads a quantized checkpoint."""
+    methods = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__, {}).get("quantization_methods", ())
+    return [method.value for method in methods]
 
 
 def make(wanted: Sequence[str]) -> dict[str, Any]:

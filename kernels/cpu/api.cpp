@@ -194,18 +194,18 @@ int32_t qlf_dequantize(const void* packed, const void* absmax, uint64_t n, int32
   return run_decode(job, n, threads, *kernels);
 }
 
-int32_t qlf_dequantize_nested(const void* packed, const void* q_absmax, const void* nested_absmax, float nested_offset,
+int32_t qlf_dequantize_nested(const void* packed, const void* q_absmax, const void* nested_absmax, const void* nested_offset,
                               uint64_t first_block, uint64_t n, int32_t quant_type, uint32_t blocksize, int32_t dtype,
                               void* out, int32_t threads, int32_t isa) {
   if (!valid_layout(n, quant_type, blocksize, dtype, threads) || first_block >= kMaxElements) return QLF_BAD_ARGUMENT;
-  if (n && (!packed || !q_absmax || !nested_absmax || !out)) return QLF_BAD_ARGUMENT;
+  if (!nested_offset || (n && (!packed || !q_absmax || !nested_absmax || !out))) return QLF_BAD_ARGUMENT;
   const Kernels* kernels = find_kernels(isa);
   if (!kernels) return QLF_UNSUPPORTED_ISA;
   DecodeJob job = {};
   job.packed = bytes(packed);
   job.q_absmax = bytes(q_absmax);
   job.nested_absmax = bytes(nested_absmax);
-  job.nested_offset = nested_offset;
+  job.nested_offset = load_f32(bytes(nested_offset));
   job.first_block = first_block;
   job.codebook = &kCodebooks[quant_type];
   job.blocksize = blocksize;

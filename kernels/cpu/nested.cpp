@@ -131,7 +131,7 @@ using namespace qlf;
 
 extern "C" {
 
-int32_t qlf_double_quantize(const void* absmax, uint64_t nb, void* q, void* nested_absmax, float* nested_offset,
+int32_t qlf_double_quantize(const void* absmax, uint64_t nb, void* q, void* nested_absmax, void* nested_offset,
                             uint64_t* bad_block, int32_t threads) {
   if (!absmax || !q || !nested_absmax || !nested_offset || !bad_block) return QLF_BAD_ARGUMENT;
   if (nb == 0 || nb > kMaxBlocks || threads < 1 || threads > kMaxThreads) return QLF_BAD_ARGUMENT;
@@ -142,7 +142,7 @@ int32_t qlf_double_quantize(const void* absmax, uint64_t nb, void* q, void* nest
     return QLF_NOT_FINITE;
   }
   const float offset = static_cast<float>(sum / static_cast<double>(nb));
-  *nested_offset = offset;
+  store_f32(bytes(nested_offset), offset);
 
   static const Rank8 ranks;
   const size_t nested = static_cast<size_t>((nb + kNestedBlocksize - 1) / kNestedBlocksize);
@@ -157,14 +157,15 @@ int32_t qlf_double_quantize(const void* absmax, uint64_t nb, void* q, void* nest
   return QLF_OK;
 }
 
-int32_t qlf_double_dequantize(const void* q, const void* nested_absmax, float nested_offset, uint64_t nb,
+int32_t qlf_double_dequantize(const void* q, const void* nested_absmax, const void* nested_offset, uint64_t nb,
                               void* absmax) {
-  if (nb > kMaxBlocks || (nb && (!q || !nested_absmax || !absmax))) return QLF_BAD_ARGUMENT;
+  if (nb > kMaxBlocks || !nested_offset || (nb && (!q || !nested_absmax || !absmax))) return QLF_BAD_ARGUMENT;
   const FpEnvironment environment;
+  const float offset = load_f32(bytes(nested_offset));
   for (uint64_t i = 0; i < nb; ++i) {
     const float nested = load_f32(bytes(nested_absmax) + i / kNestedBlocksize * 4);
     const float scaled = float_of(qlf_dynamic8_values[bytes(q)[i]]) * nested;
-    store_f32(bytes(absmax) + i * 4, scaled + nested_offset);
+    store_f32(bytes(absmax) + i * 4, scaled + offset);
   }
   return QLF_OK;
 }
@@ -172,7 +173,7 @@ int32_t qlf_double_dequantize(const void* q, const void* nested_absmax, float ne
 int32_t qlf_squared_error(const void* absmax, const void* moments, uint64_t nb, double* squared_error, double* signal) {
   if (nb > kMaxBlocks || !squared_error || !signal || (nb && (!absmax || !moments))) return QLF_BAD_ARGUMENT;
   const FpEnvironment environment;
-  double error = 0.0, total = 0.0;
+  double error = *squared_error, total = *signal;
   for (uint64_t i = 0; i < nb; ++i) {
     const uint8_t* moment = bytes(moments) + i * 12;
     const double scale = load_f32(bytes(absmax) + i * 4);

@@ -103,6 +103,12 @@ MANIFESTS = [
     _manifest("M6-other-size", lambda root: _entry(root, "files", SINGLE).update(size=1), file=SINGLE),
     _manifest("M6-other-digest", lambda root: _flipped_digest(_entry(root, "files", SINGLE)), file=SINGLE),
     _manifest("M6-shard-not-listed", _without("files", SINGLE), file=SINGLE),
+    Case(
+        "M6-changed-manifest",
+        on_disk(raw_file(lambda d: d.replace(b"qlformat-tests", b"qlformat-testz"), MANIFEST), reseal="nothing"),
+        file=MANIFEST,
+    ),
+    _manifest("M1-no-hash-of-itself", lambda root: root.pop("self_sha256")),
     _manifest("M7-other-fingerprint", lambda root: _flipped_digest(root, "fingerprint")),
     _manifest("M8-other-blocksize", lambda root: root["recipe"].update(blocksize=128), tensor=WEIGHT),
     _manifest("M8-other-quant-type", lambda root: root["recipe"].update(quant_type="fp4"), tensor=WEIGHT),

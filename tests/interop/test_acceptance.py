@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=["smollm2_dir", "stories_dir"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     source: Path = request.getfixturevalue(request.param)
     out = tmp_path_factory.mktemp("acceptance") / "out"
     convert(source, out, recipe=Recipe(compute_dtype="float32"))
@@ -58,7 +57,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         )
     else:
         encoded = tokenizer("Once upon a time", return_tensors="pt")
-    yield Pair(source, out, theirs, ours, encoded["input_ids"])
+    return Pair(source, out, theirs, ours, encoded["input_ids"])
 
 
 def quantized(model: Any) -> dict[str, Any]:

@@ -19,10 +19,10 @@ bnb = pytest.importorskip("bitsandbytes")
 
 from qlformat.checkpoint import open_checkpoint  # noqa: E402  (after the skips)
 from qlformat.converter import convert  # noqa: E402
-from qlformat.export import export  # noqa: E402
+from qlformat.exporter import export  # noqa: E402
 from qlformat.layout import Recipe  # noqa: E402
 from qlformat.summary import summarize  # noqa: E402
-from qlformat.verify import verify  # noqa: E402
+from qlformat.verifier import verify  # noqa: E402
 from tests import builders  # noqa: E402
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 30, 17, 8, 4]])

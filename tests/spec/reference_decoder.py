@@ -14,7 +14,7 @@ from qlformat import reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8
 from qlformat.errors import FormatError, QlfError
 from qlformat.shards import ShardReader
-from qlformat.verify import verify
+from qlformat.verifier import verify
 from qlformat.weights import StoredTensor, find_weights
 
 UNSUPPORTED = 3

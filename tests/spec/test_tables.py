@@ -108,6 +108,45 @@ def test_dynamic8_without_fused_multiply_add_is_the_other_known_table() -> None:
     assert distance.max() == 2
 
 
+def cell_code(s: F32) -> npt.NDArray[np.int64]:
+    """The 8-bit code of scaled values by the table of 65,536 cells of appendix B.3."""
+    one, half = np.float32(1), np.float32(0.5)
+    cell = np.floor((s + one) * half * np.float32(65535) + half).astype(np.int64)
+    centre = 2 * cell / 65535 - 1
+    values = DYNAMIC8.astype(np.float64)
+    return np.searchsorted((values[:-1] + values[1:]) / 2, centre)
+
+
+def test_the_8_bit_thresholds_follow_from_the_cells() -> None:
+    code = np.arange(255)
+    assert (cell_code(DYNAMIC8_THRESHOLDS) <= code).all()
+    assert (cell_code(np.nextafter(DYNAMIC8_THRESHOLDS, np.float32(2))) > code).all()
+    assert (np.diff(DYNAMIC8_THRESHOLDS) >= 0).all()
+    equal = np.flatnonzero(np.diff(DYNAMIC8_THRESHOLDS) == 0)
+    assert equal.tolist() == list(range(123, 130))
+    assert cell_code(np.zeros(1, dtype=np.float32))[0] == 131
+    middles = (DYNAMIC8[:-1].astype(np.float64) + DYNAMIC8[1:]) / 2
+    assert np.abs(DYNAMIC8_THRESHOLDS - middles).max() < 1.6e-5
+    stored = np.array([int(bits, 16) for bits in dynamic8_json()["threshold_bits"]], dtype=np.uint32)
+    assert stored.tobytes() == DYNAMIC8_THRESHOLDS.tobytes()
+
+
+def test_bitsandbytes_has_the_same_8_bit_thresholds() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    import torch
+
+    code = torch.from_numpy(DYNAMIC8.copy())
+    for side, values in (("at", DYNAMIC8_THRESHOLDS), ("above", np.nextafter(DYNAMIC8_THRESHOLDS, np.float32(2)))):
+        block = torch.from_numpy(np.concatenate([values, np.float32([1])]))  # an absmax of 1 scales by nothing
+        found = functional.quantize_blockwise(block, code=code, blocksize=256)[0].numpy()[:255]
+        assert (found == np.searchsorted(DYNAMIC8_THRESHOLDS, values, side="left")).all(), side
+
+
+def dynamic8_json() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = json.loads((ROOT / "spec" / "codebooks" / "dynamic8.json").read_text())
+    return found
+
+
 def test_every_copy_has_the_bits_of_the_json() -> None:
     for name, book in CODEBOOKS.items():
         assert codebook_json(name).tobytes() == book.values.tobytes()
@@ -152,7 +191,7 @@ def test_order_and_thresholds_are_those_of_the_spec() -> None:
         assert book.thresholds.tobytes() == ((ranked[:-1] + ranked[1:]) * np.float32(0.5)).tobytes()
         assert book.values[book.zero_code] == 0
     assert CODEBOOKS["fp4"].order.tolist().index(0) + 1 == CODEBOOKS["fp4"].order.tolist().index(8)
-    assert DYNAMIC8_THRESHOLDS.size == 255
+    assert DYNAMIC8_THRESHOLDS.shape == (255,)
 
 
 def test_bitsandbytes_has_the_same_tables() -> None:

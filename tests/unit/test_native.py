@@ -239,6 +239,27 @@ def test_zero_blocks_signed_zeros_and_the_pad_nibble(isa: str, quant_type: str, 
     assert bits(absmax) == bits(np.array([0.0, 1e-38], dtype=np.float32))  # the ragged tail stores its divisor
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_full_blocks_multiply_by_the_reciprocal_and_the_tail_divides(isa: str, quant_type: str) -> None:
+    """Values for which the two roundings fall on different sides of a threshold."""
+    rng = np.random.default_rng(17)
+    absmax = rng.uniform(0.5, 2.0, 200_000).astype(np.float32)
+    x = (rng.choice(CODEBOOKS[quant_type].thresholds, absmax.size) * absmax).astype(np.float32)
+    multiplied, divided = x * (np.float32(1) / absmax), x / absmax
+
+    def rank(scaled: F32) -> npt.NDArray[np.intp]:
+        return np.searchsorted(CODEBOOKS[quant_type].thresholds, scaled, side="left")
+
+    telling = np.flatnonzero(rank(multiplied) != rank(divided))
+    assert telling.size > 1000
+    for index in telling[:200]:
+        block = np.zeros(64, dtype=np.float32)
+        block[:2] = absmax[index], x[index]
+        for count, scaled in ((64, multiplied), (33, divided)):
+            packed, _ = native.quantize(block[:count], dtype="float32", quant_type=quant_type, isa=isa)
+            assert packed[0] & 15 == CODEBOOKS[quant_type].order[rank(scaled[index : index + 1])[0]]
+
+
 def test_blocks_below_the_smallest_divisor(isa: str) -> None:
     x = np.zeros(128, dtype=np.float32)
     x[:64] = np.float32(1e-38) * np.linspace(-1, 1, 64, dtype=np.float32)
@@ -275,7 +296,10 @@ LARGE = (1 << 19) + (1 << 17) + 4099  # six pieces of work, the last one ragged
 
 @pytest.fixture(scope="module")
 def large() -> Array:
-    return mixed_values(LARGE, "bfloat16", seed=3)
+    """bfloat16 weights whose scale grows along the tensor: every nested block has its own nested_absmax."""
+    rng = np.random.default_rng(3)
+    scale = np.linspace(0.01, 2.0, LARGE, dtype=np.float32)
+    return reference.from_float32(rng.standard_normal(LARGE, dtype=np.float32) * scale, "bfloat16")
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
@@ -323,9 +347,11 @@ def test_flush_to_zero_in_the_caller_changes_nothing(isa: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         expected_moments = reference.block_moments(x, expected[0], "nf4", 64)
     expected_decoded = reference.dequantize(*expected, n, "nf4", 64)
-    tiny_absmax = expected[1][:8]
+    tiny_absmax = np.linspace(1e-45, 1e-39, 300, dtype=np.float32)
     expected_nested = reference.double_quantize(tiny_absmax)
     expected_scales = reference.double_dequantize(*expected_nested)
+    tiny_moments = np.full((300, 3), 1e-40, dtype=np.float32)
+    expected_error = reference.squared_error(tiny_absmax, tiny_moments)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
@@ -334,6 +360,7 @@ def test_flush_to_zero_in_the_caller_changes_nothing(isa: str) -> None:
         decoded = native.dequantize(packed, absmax, n, isa=isa)
         nested = native.double_quantize(tiny_absmax)
         scales = native.double_dequantize(*nested)
+        error = native.squared_error(tiny_absmax, tiny_moments)
         assert (torch.tensor([1e-39]) * 1.0).item() == 0.0  # the caller's mode is restored
     finally:
         torch.set_flush_denormal(False)
@@ -343,6 +370,7 @@ def test_flush_to_zero_in_the_caller_changes_nothing(isa: str) -> None:
     assert_same(decoded, expected_decoded, "decoded")
     assert [bits(a) for a in nested] == [bits(a) for a in expected_nested]
     assert_same(scales, expected_scales, "scales")
+    assert error == expected_error and error[1] > 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -363,7 +391,7 @@ def test_the_first_block_that_is_not_finite_is_named(isa: str, dtype: str, value
 
 def test_the_first_bad_block_is_named_whichever_thread_finds_one_first() -> None:
     piece = 1 << 17  # elements that one thread takes at a time
-    early = [0, 2 * piece - 1, 3 * piece - 1, 4 * piece]
+    early = [piece - 64, 2 * piece - 1, 3 * piece - 1, 4 * piece]
     for positions in (early, [piece - 1, piece, 2 * piece, 5 * piece]):
         x = np.zeros(6 * piece, dtype=np.uint16)
         x[positions] = 0x7F80
@@ -398,6 +426,18 @@ def test_double_quantization_at_every_threshold() -> None:
             codes, nested, offset = native.double_quantize(absmax)
             assert offset == 0 and bits(nested) == bits(floats(1))
             assert_same(codes, np.searchsorted(DYNAMIC8_THRESHOLDS, absmax, side="left").astype(np.uint8), "codes")
+
+
+def test_the_offset_is_summed_in_the_order_of_the_spec() -> None:
+    # 1e30 + 1 rounds to 1e30: each order of the additions leaves another sum.
+    for terms, total in (((1e30, 1, -1e30, 1), 1), ((1e30, -1e30, 1, 1), 2), ((1, 1e30, 1, -1e30), 0)):
+        within, across = np.zeros(2048, dtype=np.float32), np.zeros(2048, dtype=np.float32)
+        within[[0, 1, 2, 3]] = terms
+        across[[5, 256, 600, 1023]] = terms
+        for absmax in (within, across, within[:255], across[:1024]):
+            _, _, offset = native.double_quantize(absmax)
+            assert offset == np.float32(total / absmax.size)
+            assert offset == reference.nested_offset(absmax)
 
 
 def test_every_8_bit_code_decodes_in_two_roundings() -> None:

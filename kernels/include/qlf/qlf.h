@@ -48,21 +48,23 @@ QLF_API int32_t qlf_dequantize(const void* packed, const void* absmax, uint64_t 
 
 /* Decode n elements whose absmax is double-quantized, without materializing it. packed and q_absmax (uint8 [nb])
  * point at the piece, whose first block is block number first_block of the tensor; nested_absmax is the whole
- * tensor's, float32 [at least ceil((first_block + nb) / 256)]. */
+ * tensor's, float32 [at least ceil((first_block + nb) / 256)]. nested_offset points at one float32: by value, a caller
+ * in flush-to-zero mode could lose a subnormal one. */
 QLF_API int32_t qlf_dequantize_nested(const void* packed, const void* q_absmax, const void* nested_absmax,
-                                      float nested_offset, uint64_t first_block, uint64_t n, int32_t quant_type,
+                                      const void* nested_offset, uint64_t first_block, uint64_t n, int32_t quant_type,
                                       uint32_t blocksize, int32_t dtype, void* out, int32_t threads, int32_t isa);
 
 /* Quantize absmax float32 [nb], nb >= 1, to 8 bits: q uint8 [nb], nested_absmax float32 [ceil(nb/256)] and one offset.
  * On QLF_NOT_FINITE, *bad_block is the index of the first NaN or infinity. */
-QLF_API int32_t qlf_double_quantize(const void* absmax, uint64_t nb, void* q, void* nested_absmax, float* nested_offset,
+QLF_API int32_t qlf_double_quantize(const void* absmax, uint64_t nb, void* q, void* nested_absmax, void* nested_offset,
                                     uint64_t* bad_block, int32_t threads);
 
 /* Decode q uint8 [nb] to absmax float32 [nb]. */
-QLF_API int32_t qlf_double_dequantize(const void* q, const void* nested_absmax, float nested_offset, uint64_t nb,
+QLF_API int32_t qlf_double_dequantize(const void* q, const void* nested_absmax, const void* nested_offset, uint64_t nb,
                                       void* absmax);
 
-/* Squared error and squared norm of a tensor from its decoded absmax float32 [nb] and its moments float32 [nb][3]. */
+/* Add to the squared error and squared norm of a tensor those of nb blocks, in order: decoded absmax float32 [nb],
+ * moments float32 [nb][3]. A caller sets both to 0 before the first block. */
 QLF_API int32_t qlf_squared_error(const void* absmax, const void* moments, uint64_t nb, double* squared_error,
                                   double* signal);
 

@@ -15,7 +15,7 @@ import pytest
 
 from qlformat.checkpoint import open_checkpoint
 from qlformat.errors import FormatError, QlfError, TargetError
-from qlformat.export import export
+from qlformat.exporter import export
 from qlformat.layout import Recipe
 from qlformat.progress import Progress
 from tests import builders
