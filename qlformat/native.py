@@ -154,9 +154,10 @@ def _checked_blocksize(blocksize: Any) -> int:
     return operator.index(blocksize)
 
 
-def _real(what: str, value: Any) -> float:
+def _float32(what: str, value: Any) -> F32:
+    """One float32 in memory. A np.float32 is copied, not converted: flush-to-zero would lose a subnormal one."""
     try:
-        return float(value)
+        return np.array([value], dtype=np.float32)
     except (TypeError, ValueError):
         raise NativeError(f"{what}: found {value!r}, needed a number") from None
 
@@ -352,9 +353,10 @@ def dequantize_nested(
         _checked("nested_absmax", nested_absmax, (np.float32,), nested_size),
     ]
     out, target = _decode_target(n, dtype, out, [packed, absmax, nested_absmax])
+    offset = _float32("nested_offset", nested_offset)
     status = library.qlf_dequantize_nested(
         *addresses,
-        _real("nested_offset", nested_offset),
+        offset.ctypes.data,
         first_block,
         n,
         _choice("quant_type", quant_type, _QUANT_TYPES),
@@ -379,20 +381,20 @@ def double_quantize(absmax: F32, *, threads: int = 1) -> tuple[U8, F32, np.float
     source = _checked("absmax", absmax, (np.float32,), max(getattr(absmax, "size", 0), 1))
     codes = np.empty(absmax.size, dtype=np.uint8)
     nested = np.empty(_blocks(absmax.size, NESTED_BLOCKSIZE), dtype=np.float32)
-    offset, bad = ctypes.c_float(), ctypes.c_uint64()
+    offset, bad = np.empty(1, dtype=np.float32), ctypes.c_uint64()
     status = library.qlf_double_quantize(
         source,
         absmax.size,
         codes.ctypes.data,
         nested.ctypes.data,
-        ctypes.byref(offset),
+        offset.ctypes.data,
         ctypes.byref(bad),
         _integer("threads", threads, 1, MAX_THREADS),
     )
     if status == _NOT_FINITE:
         raise NonFiniteError(bad.value, 1)
     _raise(status)
-    return codes, nested, np.float32(offset.value)
+    return codes, nested, offset[0]
 
 
 def double_dequantize(codes: U8, nested_absmax: F32, offset: float | np.float32) -> F32:
@@ -405,7 +407,8 @@ def double_dequantize(codes: U8, nested_absmax: F32, offset: float | np.float32)
     source = _checked("codes", codes, (np.uint8,), getattr(codes, "size", 0))
     nested = _checked("nested_absmax", nested_absmax, (np.float32,), _blocks(codes.size, NESTED_BLOCKSIZE))
     absmax = np.empty(codes.size, dtype=np.float32)
-    _raise(library.qlf_double_dequantize(source, nested, _real("offset", offset), codes.size, absmax.ctypes.data))
+    cell = _float32("offset", offset)
+    _raise(library.qlf_double_dequantize(source, nested, cell.ctypes.data, codes.size, absmax.ctypes.data))
     return absmax
 
 

@@ -58,9 +58,9 @@ def open_files(path: str | Path) -> Files:
     if Path(path).exists():
         raise QlfError(f"{path}: found a file, needed the directory that holds it")
     repo_id, revision = _parse(path)
-    import huggingface_hub
+    from huggingface_hub import constants  # not an attribute of the package until it is imported
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return LocalFiles(local_directory(path), repo_id)
     return HubFiles(repo_id, revision)
 

@@ -1,6 +1,6 @@
 """Tiny checkpoints for tests, built with the slow reference and plain struct and json.
 
-Nothing here goes through converter.py or ShardWriter, so these files also check the writer. Every byte is deterministic.
+Nothing here goes through converter.py or ShardWriter, so these files check the writer. All bytes are deterministic.
 
     checkpoint = build_checkpoint(tmp_path / "out")              # two NF4+DQ weights, two plain ones, with qlf.json
     checkpoint = make_checkpoint(recipe=Recipe("fp4", 128, False), shards=2)   # in memory; change it, then

@@ -91,8 +91,17 @@ REQUIRED: dict[str, dict[str, Any]] = {
 # Blocks shared by layers are tied only where there are enough layers.
 TIED_LAYERS = ("zamba", "zamba2")
 LAYER_COUNTS = frozenset(
-    ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
-    + ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
+    {
+        "num_hidden_layers",
+        "n_layer",
+        "num_layers",
+        "n_layers",
+        "depth",
+        "encoder_layers",
+        "decoder_layers",
+        "num_encoder_layers",
+        "num_decoder_layers",
+    }
 )
 QUANTIZED = frozenset({"linear", "conv1d"})
 # Switches that change no module; toggling them would only cost time.

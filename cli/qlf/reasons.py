@@ -21,6 +21,7 @@ LABELS: Mapping[str, str] = MappingProxyType(
         "skip-pattern": "left out by --skip",
         "skipped": "left out by whoever made it",
         "router": "routers",
+        "unloadable-name": "named so that transformers cannot load them in 4 bit",
         "norm": "norms",
         "bias": "biases",
         "scalar": "scalars",

@@ -194,9 +194,9 @@ int32_t qlf_dequantize(const void* packed, const void* absmax, uint64_t n, int32
   return run_decode(job, n, threads, *kernels);
 }
 
-int32_t qlf_dequantize_nested(const void* packed, const void* q_absmax, const void* nested_absmax, const void* nested_offset,
-                              uint64_t first_block, uint64_t n, int32_t quant_type, uint32_t blocksize, int32_t dtype,
-                              void* out, int32_t threads, int32_t isa) {
+int32_t qlf_dequantize_nested(const void* packed, const void* q_absmax, const void* nested_absmax,
+                              const void* nested_offset, uint64_t first_block, uint64_t n, int32_t quant_type,
+                              uint32_t blocksize, int32_t dtype, void* out, int32_t threads, int32_t isa) {
   if (!valid_layout(n, quant_type, blocksize, dtype, threads) || first_block >= kMaxElements) return QLF_BAD_ARGUMENT;
   if (!nested_offset || (n && (!packed || !q_absmax || !nested_absmax || !out))) return QLF_BAD_ARGUMENT;
   const Kernels* kernels = find_kernels(isa);

@@ -87,14 +87,14 @@ void check(size_t n, unsigned blocksize, int dtype, int quant_type) {
     if (isa == QLF_ISA_SCALAR && nb) {
       expect(qlf_double_quantize(got.absmax.data(), nb, q.data(), nested.data(), &offset, &bad, 2) == QLF_OK,
              "double_quantize", n, blocksize, isa);
-      expect(qlf_double_dequantize(q.data(), nested.data(), offset, nb, decoded.data()) == QLF_OK, "double_dequantize",
+      expect(qlf_double_dequantize(q.data(), nested.data(), &offset, nb, decoded.data()) == QLF_OK, "double_dequantize",
              n, blocksize, isa);
       double error = 0.0, signal = 0.0;
       expect(qlf_squared_error(decoded.data(), got.moments.data(), nb, &error, &signal) == QLF_OK, "squared_error", n,
              blocksize, isa);
     }
-    expect(qlf_dequantize_nested(got.packed.data(), q.data(), nested.data(), offset, 0, n, quant_type, blocksize, dtype,
-                                 out_nested.data(), 2, isa) == QLF_OK,
+    expect(qlf_dequantize_nested(got.packed.data(), q.data(), nested.data(), &offset, 0, n, quant_type, blocksize,
+                                 dtype, out_nested.data(), 2, isa) == QLF_OK,
            "dequantize_nested", n, blocksize, isa);
     if (isa == QLF_ISA_SCALAR) {
       memcpy(expected.packed.data(), got.packed.data(), got.packed.size());
@@ -122,6 +122,7 @@ void check_transpose(size_t rows, size_t cols, unsigned itemsize) {
 void check_hostile() {
   const size_t n = 64 * 70 + 3, nb = 71;
   Buffer source(n * 4), packed((n + 1) / 2), absmax(nb * 4), moments(nb * 12), out(n * 4), q(nb), nested(4);
+  const float huge = 3e38f;
   float offset = 0.0f;
   uint64_t bad = 0;
   for (const unsigned byte : {0xffu, 0x7fu, 0xa5u}) {
@@ -132,7 +133,7 @@ void check_hostile() {
       if (!qlf_isa_supported(isa)) continue;
       for (const int dtype : {QLF_FLOAT32, QLF_FLOAT16, QLF_BFLOAT16}) {
         qlf_dequantize(packed.data(), absmax.data(), n, QLF_NF4, 64, dtype, out.data(), 1, isa);
-        qlf_dequantize_nested(packed.data(), q.data(), nested.data(), 3e38f, 0, n, QLF_FP4, 64, dtype, out.data(), 1,
+        qlf_dequantize_nested(packed.data(), q.data(), nested.data(), &huge, 0, n, QLF_FP4, 64, dtype, out.data(), 1,
                               isa);
         qlf_quantize(source.data(), dtype, n, QLF_NF4, 64, packed.data(), absmax.data(), moments.data(), &bad, 1, isa);
       }

@@ -173,7 +173,7 @@ def test_the_fingerprint_is_that_of_the_stored_tensors(repo: Path) -> None:
 
 
 def test_the_converter_gives_the_bytes_of_the_builder(tmp_path: Path) -> None:
-    """converter.py and the reference builder, which share no writing code, make the same shard and the same manifest."""
+    """converter.py and the reference builder share no writing code, and make the same shard and the same manifest."""
     case = VECTORS / "sources" / "valid" / "bfloat16"
     convert(case / "source", tmp_path / "out", threads=1)
     built = VECTORS / "checkpoints" / "valid" / "llama" / "repo"

@@ -587,8 +587,8 @@ MISUSES: dict[str, Callable[[dict[str, Any]], object]] = {
         v["packed"],
         v["codes"],
         v["nested"],
-        "?",
-        100,  # type: ignore[arg-type]
+        v["x"].tobytes(),
+        100,
     ),
     "decode: negative n": lambda v: native.dequantize(v["packed"], v["absmax"], -1),
     "decode: out too short": lambda v: native.dequantize(
