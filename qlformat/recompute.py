@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qlformat import codec
 from qlformat.checkpoint import CHUNK_ELEMENTS, NUMPY_DTYPES, Checkpoint
-from qlformat.codebook import DYNAMIC8_THRESHOLDS
+from qlformat.codebook import DYNAMIC8, DYNAMIC8_THRESHOLDS
 from qlformat.errors import FormatError, SourceError
 from qlformat.hashing import hash_file
 from qlformat.layout import NESTED_BLOCKSIZE, QuantState, quant_state_name
@@ -25,6 +25,8 @@ from qlformat.weights import Report, Severity, Weight
 _CHUNK_BYTES = 2 << 20
 _MEAN_TOLERANCE = np.float32(1e-4)
 """bitsandbytes sums absmax in float32, in an order that depends on its threads: its nested_offset is off by little."""
+_CELL = 1 / 32767.5
+"""Width of a cell of bitsandbytes' 8-bit encoder, in values scaled to [-1, 1]."""
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -184,7 +186,7 @@ class SourceComparison:
             self._bad(f"nested_offset is {state.nested_offset!r}, the source's is {float(offset)!r}", stored)
 
     def _compare_foreign(self, weight: Weight, state: QuantState, absmax: F32) -> None:
-        """bitsandbytes' double quantization: its own mean, and 8-bit codes at most one step from the nearest."""
+        """bitsandbytes' double quantization: its own mean, and 8-bit codes that are as near as ours but for the rounding of its encoder."""
         offset = np.float32(state.nested_offset)
         mean = np.float32(absmax.mean(dtype=np.float64))
         near, far = 0, 0
@@ -196,15 +198,15 @@ class SourceComparison:
             largest = np.maximum.reduceat(np.abs(residual), np.arange(0, residual.size, NESTED_BLOCKSIZE))
             sound &= np.allclose(nested, largest, rtol=1e-5, atol=0)
             codes = self._checkpoint.read_part(f"{weight.name}.absmax", first, last - first)
-            steps = _code_steps(codes, residual, largest)
-            near, far = near + int((steps == 1).sum()), far + int((steps > 1).sum())
+            found = _other_codes(codes, residual, largest)
+            near, far = near + found[0], far + found[1]
         if not sound:
             self._bad("nested_offset or nested_absmax does not fit the source", f"{weight.name}.nested_absmax")
         elif far:
-            message = f"{far} of {state.blocks} codes are more than one step from the source's absmax"
+            message = f"{far} of {state.blocks} codes are not the nearest to the source's absmax"
             self._bad(message, f"{weight.name}.absmax")
         elif near or offset != mean:
-            message = f"as bitsandbytes rounds it: {near} of {state.blocks} codes are one step from the nearest"
+            message = f"as bitsandbytes rounds it: {near} of {state.blocks} codes differ from ours and are as near"
             self._bad(message, f"{weight.name}.absmax", "note")
 
     def _scales(self, weight: Weight, first: int, last: int) -> F32:
@@ -235,13 +237,21 @@ class SourceComparison:
         self._report(FormatError(message, rule="E5", tensor=tensor, file=stored.shard if stored else None), severity)
 
 
-def _code_steps(codes: U8, residual: F32, largest: F32) -> npt.NDArray[np.int16]:
-    """How many codes each stored 8-bit code is away from the nearest one."""
+def _other_codes(codes: U8, residual: F32, largest: F32) -> tuple[int, int]:
+    """How many 8-bit codes are not ours: (those as good within the rounding of an encoder, the others).
+
+    Encoders differ in where they put the border of two codes: at the midpoint, or up to half a cell of 1/32767.5
+    beside it. So a code may be farther from the scaled value than ours by one cell, and no more.
+    """
     scale = np.repeat(np.maximum(largest, SMALLEST_DIVISOR), NESTED_BLOCKSIZE)[: codes.size]
-    nearest = np.searchsorted(DYNAMIC8_THRESHOLDS, residual / scale).astype(np.int16)
-    steps: npt.NDArray[np.int16] = np.abs(codes.astype(np.int16) - nearest)
-    steps[np.repeat(largest == 0, NESTED_BLOCKSIZE)[: codes.size]] = 0  # any code decodes to the mean there
-    return steps
+    scaled = residual / scale
+    ours = np.searchsorted(DYNAMIC8_THRESHOLDS, scaled)
+    differs = (codes != ours) & (
+        np.repeat(largest, NESTED_BLOCKSIZE)[: codes.size] != 0
+    )  # there any code decodes alike
+    farther = np.abs(DYNAMIC8[codes] - scaled) - np.abs(DYNAMIC8[ours] - scaled)
+    far = int((differs & (farther > _CELL)).sum())
+    return int(differs.sum()) - far, far
 
 
 def _error_figures(entry: WeightEntry, rms: float, relative: float) -> Iterator[tuple[str, float, float | None]]:

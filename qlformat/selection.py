@@ -298,14 +298,15 @@ class _Model:
         model_type = str(config.get("model_type"))
         classes = _table()["types"].get(model_type, [])
         names = config.get("architectures")
-        wanted = names[0] if isinstance(names, list) and names else None
+        wanted = str(names[0]) if isinstance(names, list) and names else None
         self.known = bool(classes) and wanted in (None, *classes)
         self.notes: list[str] = []
         if not classes:
             self.notes.append(f"model type {model_type!r} is unknown: tensors were chosen by their names alone")
         elif not self.known:
             self.notes.append(f"class {wanted!r} of model type {model_type!r} is unknown: treated like {classes[0]}")
-        rules = _Rules.of(model_type, wanted if wanted in classes else classes[0] if classes else "")
+        default = wanted if wanted in classes else next(iter(classes), "")
+        rules = _Rules.of(model_type, str(default))
         others = self._other_parts(config, rules)
         tied = config.get("tie_word_embeddings") is not False
         self.skip = [entry for entry, reason in rules.skip.items() if tied or reason != "tied"]

@@ -21,7 +21,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore")
 
-import bitsandbytes as bnb  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch import nn  # noqa: E402
@@ -208,7 +207,7 @@ def replaced_modules(model: Any, skip: list[str] | None, pre_quantized: bool) ->
         transformers.quantizers.AutoHfQuantizer.from_config(config)._convert_model_for_quantization(model)
     entries = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
     replace_with_bnb_linear(model, entries, config, pre_quantized=pre_quantized)
-    return {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    return {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
 
 
 class Facts:
@@ -219,7 +218,9 @@ class Facts:
         self.skip: dict[str, str] = {}
 
     def add(self, model: Any) -> None:
-        """Record why each module with a 2-D weight is or is not quantized."""
+        """Record why each module with a 2-D weight is or is not quantized; of modules seen before, the first counts."""
+        known = frozenset(self.reasons)
+        last = list(model.named_parameters())[-1][0]
         keys = sorted(get_keys_to_not_convert(model))
         kept = sorted(model._keep_in_fp32_modules or ())
         output = model.get_output_embeddings()
@@ -232,6 +233,8 @@ class Facts:
         }
         quantized = replaced_modules(model, None, pre_quantized=False)
         for name, module in modules.items():
+            if general(name) in known:
+                continue
             if name in quantized:
                 reason = "conv1d" if isinstance(module, Conv1D) else "linear"
             elif isinstance(module, nn.Embedding):
@@ -242,7 +245,8 @@ class Facts:
                 reason = "keep-in-fp32"
             else:
                 head = id(module) in outputs or name.endswith("lm_head")
-                reason = "output-embedding" if head else "tied" if name in tied else "last-parameter"
+                only_tied = name in tied and last != f"{name}.weight"
+                reason = "output-embedding" if head else "tied" if only_tied else "last-parameter"
                 for key in keys:
                     if name == key or name.endswith(key) or name.startswith(f"{key}."):
                         # The bare name also serves the text-only class, whose lm_head is not below language_model.
@@ -252,8 +256,7 @@ class Facts:
 
 def corrections(facts: Facts) -> dict[str, Any]:
     """The table entry's `keep`, `linear`, `conv1d` and `skip`: where the rules by name are wrong."""
-    # What is tied only with tie_word_embeddings counts as tied: select() looks at that setting itself.
-    quantized = {name for name, why in facts.reasons.items() if why & QUANTIZED and "tied" not in why}
+    quantized = {name for name, why in facts.reasons.items() if why & QUANTIZED}
     entry: dict[str, Any] = {}
     for name, why in sorted(facts.reasons.items()):
         if name in quantized and why - QUANTIZED:

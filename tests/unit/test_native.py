@@ -310,6 +310,8 @@ def test_threads_do_not_change_the_bytes(large: Array, threads: int) -> None:
         nested = native.double_quantize(absmax, threads=count)
         plain = native.dequantize(packed, absmax, LARGE, dtype="bfloat16", threads=count)
         both = native.dequantize_nested(packed, *nested, LARGE, dtype="float16", threads=count)
+        scales = native.double_dequantize(*nested)
+        assert bits(both) == bits(native.dequantize(packed, scales, LARGE, dtype="float16", threads=count))
         return [bits(array) for array in (packed, absmax, moments, *nested, plain, both)]
 
     assert run(threads) == run(1)
