@@ -114,6 +114,8 @@ def select(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], ski
     notes = model.notes + [f"skip pattern {glob!r} matched no tensor" for glob in skip if glob in unused]
     if model.unpacks_experts and any(decision.reason == "fused-experts" for decision in decisions.values()):
         notes.append(_UNPACKS_EXPERTS)
+    if not quantized:
+        notes.append("no tensor is quantized: this model has no plain linear layer, or all were left out")
     return Selection(decisions, _skip_entries(model.skip, left, quantized), model.known, notes)
 
 

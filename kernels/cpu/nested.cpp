@@ -47,14 +47,14 @@ class Rank8 {
     }
     for (size_t i = 0; i < count; ++i) {
       const Cell& cell = cells_[cells[i]];
-      q[i] = values[i] > cell.threshold ? cell.above : cell.below;
+      q[i] = cell.ranks[values[i] > cell.threshold];  // indexed, because a branch would be mispredicted
     }
   }
 
  private:
   struct Cell {
     float threshold;
-    uint8_t below, above;  // ranks of values up to the threshold, and above it
+    uint8_t ranks[2];  // of values up to the threshold, and above it
   };
 
   static constexpr uint32_t kDropped = 17;
@@ -63,9 +63,9 @@ class Rank8 {
 
   void set(int32_t index, float low, float high) {
     Cell& cell = cells_[index];
-    cell.below = search(low);
-    cell.above = search(high);
-    cell.threshold = cell.below < 255 ? float_of(qlf_dynamic8_thresholds[cell.below]) : FLT_MAX;
+    cell.ranks[0] = search(low);
+    cell.ranks[1] = search(high);
+    cell.threshold = cell.ranks[0] < 255 ? float_of(qlf_dynamic8_thresholds[cell.ranks[0]]) : FLT_MAX;
   }
 
   static uint8_t search(float value) {

@@ -167,6 +167,15 @@ def test_skip_glob_of_what_is_never_quantized_changes_no_reason() -> None:
     assert reasons(chosen)["model.embed_tokens.weight"] == "embedding"
     assert reasons(chosen)["lm_head.weight"] == "output-embedding"
     assert len(chosen.skip_modules) == 15
+    assert len(chosen.notes) == 1 and chosen.notes[0].startswith("no tensor is quantized")
+
+
+def test_model_of_other_layers_than_linear() -> None:
+    """Falcon's layers are of a class of their own, which transformers does not replace."""
+    config = {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
+    chosen = select(config, {"transformer.h.0.self_attention.query_key_value.weight": (192, 64)})
+    assert [*reasons(chosen).values()] == ["not-linear"]
+    assert chosen.known_architecture and len(chosen.notes) == 1 and chosen.skip_modules == ["lm_head"]
 
 
 def test_skip_glob_that_matches_nothing_is_reported() -> None:
@@ -252,7 +261,8 @@ def test_modules_that_transformers_cannot_load_packed() -> None:
 
 def test_llama4_says_that_fused_experts_cannot_be_loaded() -> None:
     config = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
-    fused = select(config, {"model.layers.0.feed_forward.experts.gate_up_proj": (4, 64, 64)})
+    query: Shapes = {"model.layers.0.self_attn.q_proj.weight": (64, 64)}
+    fused = select(config, query | {"model.layers.0.feed_forward.experts.gate_up_proj": (4, 64, 64)})
     assert len(fused.notes) == 1 and "fused experts" in fused.notes[0]
     single = select(config, {"model.layers.0.feed_forward.experts.0.gate_proj.weight": (64, 64)})
     assert quantized(single) and single.notes == []
