@@ -16,6 +16,7 @@ from tests.cli.conftest import Run
 # Ctrl-C while the first tensor is converted.
 INTERRUPTED = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits SIGINT ignored
 from qlf import progress
 from qlf.main import main
 def update(self, now):

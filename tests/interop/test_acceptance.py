@@ -128,7 +128,7 @@ def test_threads_and_shard_sizes(pair: Pair, tmp_path: Path) -> None:
         prints |= {report.manifest.fingerprint for report in reports}
         one, two = (file_bytes(report.out) for report in reports)
         assert one == two
-        assert len([name for name in one if name.endswith(".safetensors")]) > 2
+        assert len([name for name in one if name.endswith(".safetensors")]) >= 2
     assert len(prints) == 1
 
 

@@ -57,12 +57,24 @@ LEFT_ALONE_IN_MODULE_NAMES: dict[str, frozenset[str]] = {
     "Qwen4ExpForCausalLM": frozenset({"block_inject_weight"}),
     "Qwen4ExpForConditionalGeneration": frozenset({"block_inject_weight"}),
 }
+# Classes whose 4-bit layers transformers cannot load from a checkpoint in the names of the modules, which only
+# save_pretrained(save_original_format=False) writes: it renames them once more. Plain tensors have a second chance
+# there under their own name, the companions of a packed one have not.
+RENAMED_TWICE = frozenset(
+    {
+        "DeepseekOcr2ForConditionalGeneration",
+        "LagunaForCausalLM",
+        "MistralLarge4ForConditionalGeneration",
+        "PI0ForConditionalGeneration",
+        "UnlimitedOcrForConditionalGeneration",
+    }
+)
 # Model types that a Llava of transformers can be made of, besides the usual Llama and CLIP.
 PARTS = (
     ("mixtral", "siglip_vision_model"),
     ("qwen3_moe", "pixtral"),
     ("mistral", "siglip2_vision_model"),
-    ("falcon", "clip_vision_model"),
+    ("deepseek_v32", "clip_vision_model"),
 )
 
 
@@ -182,7 +194,7 @@ def check(class_name: str, build: Callable[[], Any]) -> None:
     assert {name for name in built if not (unpacks_experts and ".experts." in name)} == modules
 
     # Every tensor of the 4-bit checkpoint finds its place.
-    assert_found(reloaded, chosen, {name: loaded[name][0] for name in quantized})
+    assert misplaced(reloaded, chosen, {name: loaded[name][0] for name in quantized}) == []
 
     # The same for a checkpoint whose tensors have the names of the modules.
     renamed = selection.select(config, module_shapes)
@@ -190,17 +202,19 @@ def check(class_name: str, build: Callable[[], Any]) -> None:
     exceptions = LEFT_ALONE_IN_MODULE_NAMES.get(class_name, frozenset())
     assert not modules_of(targets) - on_the_fly
     assert endings(on_the_fly - modules_of(targets), exceptions) == exceptions
-    assert_found(reloaded, renamed, targets)
+    assert (misplaced(reloaded, renamed, targets) != []) == (class_name in RENAMED_TWICE)
 
 
-def assert_found(model: Any, chosen: selection.Selection, targets: dict[str, str]) -> None:
-    """Each tensor in `targets` and its companions reach their module in a model with 4-bit layers."""
+def misplaced(model: Any, chosen: selection.Selection, targets: dict[str, str]) -> list[str]:
+    """The tensors of `targets` and their companions that do not reach their module in a model with 4-bit layers."""
     companions = {f"{name}.{suffix}": name for name in targets for suffix in COMPANIONS} | {n: n for n in targets}
     renaming = Renaming(model, [*chosen.decisions, *companions], quantizer(chosen.skip_modules))
-    for companion, name in companions.items():
-        target, operations = renaming.targets[companion]
-        assert target == targets[name], companion
-        assert "Bnb4bitDeserialize" in operations, companion
+    found = {companion: renaming.targets[companion] for companion in companions}
+    return [
+        companion
+        for companion, name in companions.items()
+        if found[companion][0] != targets[name] or "Bnb4bitDeserialize" not in found[companion][1]
+    ]
 
 
 @pytest.mark.parametrize(("model_type", "class_name"), described())
@@ -376,10 +390,9 @@ def test_llama4_loads_experts_one_by_one_and_not_fused(tmp_path: Path) -> None:
     real_model(name, "llama4_text", LLAMA4).save_pretrained(source)
     chosen, _ = write_four_bit(source, tmp_path / "fused")
     assert any("fused experts" in note for note in chosen.notes)
-    _, info = getattr(transformers, name).from_pretrained(
-        tmp_path / "fused", output_loading_info=True, dtype=torch.bfloat16
-    )
-    assert {key.rpartition(".")[2] for key in info["unexpected_keys"]} == {"gate_up_proj", "down_proj"}
+    # It takes the fused experts for missing ones and tries to initialize packed weights.
+    with pytest.raises(NotImplementedError, match="Byte"):
+        getattr(transformers, name).from_pretrained(tmp_path / "fused", dtype=torch.bfloat16)
 
     tensors = load_file(source / "model.safetensors")
     single = {key: tensor for key, tensor in tensors.items() if ".experts." not in key}
