@@ -1,27 +1,38 @@
 """The native CPU kernels (kernels/include/qlf/qlf.h) through ctypes. Bit-equal to `reference`, and the GIL is released.
 
 Arrays are checked here for dtype, size, contiguity and overlap, so no call can reach memory outside them; a misuse is a
-one-line `NativeError`. Environment: QLF_NATIVE_LIB (path of the library, for tests), QLF_ISA (scalar, avx2, avx512 or
-neon), QLF_REQUIRE_NATIVE=1 (a library that cannot be loaded is an error instead of `available() == False`).
+one-line `NativeError`. Environment: QLF_ISA (scalar, avx2, avx512 or neon), and what `native_library` reads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import operator
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qlformat.errors import NativeError, SourceError
+from qlformat.native_library import available, library, why_unavailable
 
-ABI_VERSION = 1
+__all__ = [
+    "NonFiniteError",
+    "available",
+    "default_threads",
+    "dequantize",
+    "dequantize_nested",
+    "double_dequantize",
+    "double_quantize",
+    "isa_levels",
+    "quantize",
+    "squared_error",
+    "transpose",
+    "why_unavailable",
+]
+
 ISA_LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
 MAX_THREADS = 256
 NESTED_BLOCKSIZE = 256
@@ -38,19 +49,6 @@ _QUANT_TYPES = {"nf4": 0, "fp4": 1}
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _CACHE_LINE = 64
 
-_P, _I32, _U32, _U64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "qlf_abi_version": (),
-    "qlf_isa_supported": (_I32,),
-    "qlf_quantize": (_P, _I32, _U64, _I32, _U32, _P, _P, _P, _P, _I32, _I32),
-    "qlf_dequantize": (_P, _P, _U64, _I32, _U32, _I32, _P, _I32, _I32),
-    "qlf_dequantize_nested": (_P, _P, _P, _P, _U64, _U64, _I32, _U32, _I32, _P, _I32, _I32),
-    "qlf_double_quantize": (_P, _U64, _P, _P, _P, _P, _I32),
-    "qlf_double_dequantize": (_P, _P, _P, _U64, _P),
-    "qlf_squared_error": (_P, _P, _U64, _P, _P),
-    "qlf_transpose": (_P, _U64, _U64, _U32, _P, _I32),
-}
-
 
 class NonFiniteError(SourceError):
     """A NaN or infinity in the values to encode (rule E1); `block` is the index of the first block that holds one."""
@@ -62,62 +60,10 @@ class NonFiniteError(SourceError):
         self.block = block
 
 
-def _library_path() -> Path | None:
-    """The built library: QLF_NATIVE_LIB, beside this file, or in the site-packages of an editable install.
-
-    `importlib.metadata` would find the last one too, but importing it costs 40 ms.
-    """
-    override = os.environ.get("QLF_NATIVE_LIB")
-    if override:
-        return Path(override)
-    name = "libqlf_cpu.dylib" if sys.platform == "darwin" else "libqlf_cpu.so"
-    candidates = [Path(__file__).parent / "_native" / name]
-    candidates += [Path(entry) / "qlformat" / "_native" / name for entry in sys.path if entry]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason in one line."""
-    path = _library_path()
-    if path is None:
-        return None, "libqlf_cpu is not installed; reinstall qlformat with a C++17 compiler on the PATH"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int32
-    except (OSError, AttributeError) as error:
-        return None, f"{path} cannot be loaded: {' '.join(str(error).split())}"
-    found = library.qlf_abi_version()
-    if found != ABI_VERSION:
-        return None, f"{path} has interface version {found}, needed {ABI_VERSION}; reinstall qlformat"
-    return library, ""
-
-
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise NativeError(f"native kernels unavailable: {reason}")
-    return library
-
-
-def available() -> bool:
-    """Whether the native kernels can be used. With QLF_REQUIRE_NATIVE=1, raises NativeError when they cannot."""
-    if os.environ.get("QLF_REQUIRE_NATIVE") == "1":
-        _library()
-    return _load()[0] is not None
-
-
-def why_unavailable() -> str:
-    """The reason in one line, or "" when the kernels are available."""
-    return _load()[1]
-
-
 def isa_levels() -> list[str]:
     """Names of the instruction sets that this library and processor can run; "scalar" is always among them."""
-    library = _library()
-    return [name for name, level in ISA_LEVELS.items() if library.qlf_isa_supported(level)]
+    kernels = library()
+    return [name for name, level in ISA_LEVELS.items() if kernels.qlf_isa_supported(level)]
 
 
 def default_threads() -> int:
@@ -238,7 +184,7 @@ def quantize(
         NonFiniteError: a NaN or infinity (rule E1). The output arrays then hold anything.
         NativeError: unusable arguments, or no library.
     """
-    library = _library()
+    kernels = library()
     blocksize = _checked_blocksize(blocksize)
     source = _checked("src", src, _storage(dtype), getattr(src, "size", 0))
     nb = _blocks(src.size, blocksize)
@@ -251,7 +197,7 @@ def quantize(
     ]
     _disjoint([packed, absmax, *([] if moments is None else [moments])], [src])
     bad_block = ctypes.c_uint64()
-    status = library.qlf_quantize(
+    status = kernels.qlf_quantize(
         source,
         _DTYPES[dtype],
         src.size,
@@ -297,12 +243,12 @@ def dequantize(
     Raises:
         NativeError: unusable arguments, or no library.
     """
-    library = _library()
+    kernels = library()
     n, blocksize = _integer("n", n, 0), _checked_blocksize(blocksize)
     codes = _checked("packed", packed, (np.uint8,), _blocks(n, 2))
     scales = _checked("absmax", absmax, (np.float32,), _blocks(n, blocksize))
     out, target = _decode_target(n, dtype, out, [packed, absmax])
-    status = library.qlf_dequantize(
+    status = kernels.qlf_dequantize(
         codes,
         scales,
         n,
@@ -341,7 +287,7 @@ def dequantize_nested(
 
     Returns, raises: as `dequantize`.
     """
-    library = _library()
+    kernels = library()
     n, blocksize = _integer("n", n, 0), _checked_blocksize(blocksize)
     first_block, nb = _integer("first_block", first_block, 0), _blocks(n, blocksize)
     nested_size, needed = getattr(nested_absmax, "size", 0), _blocks(first_block + nb, NESTED_BLOCKSIZE)
@@ -354,7 +300,7 @@ def dequantize_nested(
     ]
     out, target = _decode_target(n, dtype, out, [packed, absmax, nested_absmax])
     offset = _float32("nested_offset", nested_offset)
-    status = library.qlf_dequantize_nested(
+    status = kernels.qlf_dequantize_nested(
         *addresses,
         offset.ctypes.data,
         first_block,
@@ -377,12 +323,12 @@ def double_quantize(absmax: F32, *, threads: int = 1) -> tuple[U8, F32, np.float
         NonFiniteError: a NaN or infinity in absmax.
         NativeError: unusable arguments, or no library.
     """
-    library = _library()
+    kernels = library()
     source = _checked("absmax", absmax, (np.float32,), max(getattr(absmax, "size", 0), 1))
     codes = np.empty(absmax.size, dtype=np.uint8)
     nested = np.empty(_blocks(absmax.size, NESTED_BLOCKSIZE), dtype=np.float32)
     offset, bad = np.empty(1, dtype=np.float32), ctypes.c_uint64()
-    status = library.qlf_double_quantize(
+    status = kernels.qlf_double_quantize(
         source,
         absmax.size,
         codes.ctypes.data,
@@ -403,12 +349,12 @@ def double_dequantize(codes: U8, nested_absmax: F32, offset: float | np.float32)
     Raises:
         NativeError: unusable arguments, or no library.
     """
-    library = _library()
+    kernels = library()
     source = _checked("codes", codes, (np.uint8,), getattr(codes, "size", 0))
     nested = _checked("nested_absmax", nested_absmax, (np.float32,), _blocks(codes.size, NESTED_BLOCKSIZE))
     absmax = np.empty(codes.size, dtype=np.float32)
     cell = _float32("offset", offset)
-    _raise(library.qlf_double_dequantize(source, nested, cell.ctypes.data, codes.size, absmax.ctypes.data))
+    _raise(kernels.qlf_double_dequantize(source, nested, cell.ctypes.data, codes.size, absmax.ctypes.data))
     return absmax
 
 
@@ -418,11 +364,11 @@ def squared_error(absmax: F32, moments: F32, start: tuple[float, float] = (0.0, 
     Raises:
         NativeError: unusable arguments, or no library.
     """
-    library = _library()
+    kernels = library()
     scales = _checked("absmax", absmax, (np.float32,), getattr(absmax, "size", 0))
     sums = _checked("moments", moments, (np.float32,), 3 * absmax.size)
     error, signal = ctypes.c_double(start[0]), ctypes.c_double(start[1])
-    _raise(library.qlf_squared_error(scales, sums, absmax.size, ctypes.byref(error), ctypes.byref(signal)))
+    _raise(kernels.qlf_squared_error(scales, sums, absmax.size, ctypes.byref(error), ctypes.byref(signal)))
     return error.value, signal.value
 
 
@@ -432,7 +378,7 @@ def transpose(src: Array, *, out: Array | None = None, threads: int = 1) -> Arra
     Raises:
         NativeError: unusable arguments, or no library.
     """
-    library = _library()
+    kernels = library()
     if not isinstance(src, np.ndarray) or src.ndim != 2 or src.itemsize not in (2, 4):
         raise NativeError("src: needed a two-dimensional array of 2- or 4-byte elements")
     rows, cols = src.shape
@@ -443,6 +389,6 @@ def transpose(src: Array, *, out: Array | None = None, threads: int = 1) -> Arra
         raise NativeError(f"out: found shape {target.shape}, needed {(cols, rows)}")
     _disjoint([target], [src])
     _raise(
-        library.qlf_transpose(source, rows, cols, src.itemsize, address, _integer("threads", threads, 1, MAX_THREADS))
+        kernels.qlf_transpose(source, rows, cols, src.itemsize, address, _integer("threads", threads, 1, MAX_THREADS))
     )
     return target

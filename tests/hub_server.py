@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-
 COMMIT = "5ba0" * 10
 """The commit that every revision points to."""
 

@@ -17,7 +17,7 @@ COMMAND = ROOT / "cli" / "qlf"
 # From low to high. A module imports only from lower rows; a new one is added to the lowest row its imports allow.
 LEVELS = (
     {"_tables", "errors", "hashing", "progress", "rules"},
-    {"codebook", "download", "journal", "layout", "staging"},
+    {"codebook", "download", "journal", "layout", "native_library", "staging"},
     {"manifest", "native", "reference", "selection"},
     {"codec", "repository", "shards"},
     {"torch_file", "weights"},

@@ -98,7 +98,7 @@ def test_broken_json(data: bytes) -> None:
 
 def test_fingerprint_ignores_order_and_follows_its_definition() -> None:
     rows: list[tuple[str, str, tuple[int, ...], str]] = [("b", "U8", (2, 1), DIGEST), ("a\u00e9", "F32", (), DIGEST)]
-    text = '[["a\\u00e9","F32",[],"%s"],["b","U8",[2,1],"%s"]]' % (DIGEST, DIGEST)
+    text = f'[["a\\u00e9","F32",[],"{DIGEST}"],["b","U8",[2,1],"{DIGEST}"]]'
     assert fingerprint(rows) == hashlib.sha256(text.encode()).hexdigest() == fingerprint(reversed(rows))
     assert fingerprint([*rows, ("c", "U8", (), DIGEST)]) != fingerprint(rows)
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from qlformat import native, reference
+from qlformat import native, native_library, reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8, DYNAMIC8_THRESHOLDS
 from qlformat.errors import NativeError, QlfError
 
@@ -66,11 +66,11 @@ def load_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], N
 
     def load(path: Path) -> None:
         monkeypatch.setenv("QLF_NATIVE_LIB", str(path))
-        native._load.cache_clear()
+        native_library.load.cache_clear()
 
     yield load
     monkeypatch.undo()
-    native._load.cache_clear()
+    native_library.load.cache_clear()
 
 
 @pytest.fixture(params=LEVELS)
@@ -664,13 +664,13 @@ def test_a_missing_library_is_explained(
 
 def test_another_interface_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QLF_REQUIRE_NATIVE", raising=False)
-    monkeypatch.setattr(native, "ABI_VERSION", 99)
-    native._load.cache_clear()
+    monkeypatch.setattr(native_library, "ABI_VERSION", 99)
+    native_library.load.cache_clear()
     try:
         assert not native.available()
         assert "interface version 1, needed 99" in native.why_unavailable()
     finally:
-        native._load.cache_clear()
+        native_library.load.cache_clear()
 
 
 def test_first_use_imports_nothing_slow() -> None:
