@@ -186,7 +186,7 @@ class SourceComparison:
             self._bad(f"nested_offset is {state.nested_offset!r}, the source's is {float(offset)!r}", stored)
 
     def _compare_foreign(self, weight: Weight, state: QuantState, absmax: F32) -> None:
-        """bitsandbytes' double quantization: its own mean, and 8-bit codes that are as near as ours but for the rounding of its encoder."""
+        """bitsandbytes' double quantization: its own mean, and codes as near as ours but for its encoder's cells."""
         offset = np.float32(state.nested_offset)
         mean = np.float32(absmax.mean(dtype=np.float64))
         near, far = 0, 0

@@ -215,7 +215,7 @@ def test_disk_full_is_one_line_and_can_be_resumed(tmp_path: Path, moment: int) -
 def test_too_little_space_is_said_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "src")
     monkeypatch.setattr("qlformat.staging.free_bytes", lambda directory: 1000)
-    with pytest.raises(TargetError, match="found 1.00 kB free, needed"):
+    with pytest.raises(TargetError, match=r"found 1\.00 kB free, needed"):
         convert(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
@@ -379,7 +379,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 
 
 def test_a_write_protected_parent_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises((TargetError, FormatError), match="cannot write|no permission|read-only"):
+    with pytest.raises((TargetError, FormatError), match=r"cannot write|no permission|read-only"):
         convert(write_source(tmp_path / "src"), "/proc/out")
 
 
