@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qlformat import __version__
-from qlformat.errors import FormatError, SourceError
+from qlformat.errors import FormatError, SourceError, TargetError
 from qlformat.hashing import FileHasher, hash_file
 from qlformat.journal import FILE_NAME as JOURNAL_NAME
 from qlformat.journal import Journal, StoredWeight
@@ -41,6 +42,7 @@ from qlformat.tensor_stream import Stopped, TensorStream
 EXPERT_REASONS = ("fused-experts", "merged-on-load")
 """Reasons of selection.py that mean experts."""
 DEFAULT_SHARD_SIZE = 5_000_000_000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MARGIN_BYTES = 16 << 20
 """Space asked for beyond the tensors: headers, JSON files and what is carried over."""
 
@@ -97,6 +99,7 @@ def convert(
     threads: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    hash_source: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Quantize a model and write a checkpoint that transformers, vLLM and bitsandbytes load.
@@ -110,6 +113,8 @@ def convert(
         threads: workers; all CPUs of the process by default.
         resume: go on with what an interrupted conversion of the same source left behind.
         overwrite: replace a model that is at `out`.
+        hash_source: record the sha256 of the source's files, which takes about as long as all the rest. Files in the
+            Hub cache carry theirs in their name, so these are recorded always.
         progress: called from the workers, under a lock.
 
     Raises:
@@ -120,21 +125,28 @@ def convert(
     with open_source(src) as source:
         plan = make_plan(source, recipe or Recipe(), skip, shard_size)
         target = Path(out)
-        if resume:
-            finished = _finished(source, plan, target)
-            if finished:
-                return _report(source, plan, finished, target, started)
-        with Staging(target, overwrite=overwrite, resume=resume, source=source.directory) as staging:
+        finished = _finished(plan, target) if resume else None
+        replace = overwrite or finished is not None
+        with Staging(target, overwrite=replace, resume=resume, source=source.directory) as staging:
             staging.keep = staging.resumed
-            run = _Run(source, plan, staging, progress)
+            run = _Run(source, plan, staging, hash_source, progress)
             staging.keep = True
             try:
                 manifest = run.execute(threads or len(os.sched_getaffinity(0)))
             except (SourceError, FormatError):
                 staging.keep = False  # the source is at fault: there is nothing to resume
                 raise
-            run.journal.remove()
-            staging.commit()
+            if finished == manifest.to_json():
+                _remove_leftovers(target)  # an earlier run had got as far as its last rename
+                staging.keep = False
+            elif finished is not None and not overwrite:
+                staging.keep = False
+                raise TargetError(
+                    f"{target}: holds a conversion of another source; choose another target or --overwrite"
+                )
+            else:
+                run.journal.remove()
+                staging.commit()
     return _report(source, plan, manifest, target, started)
 
 
@@ -142,7 +154,12 @@ class _Run:
     """One conversion into a staging directory."""
 
     def __init__(
-        self, source: Source, plan: Plan, staging: Staging, progress: Callable[[Progress], None] | None
+        self,
+        source: Source,
+        plan: Plan,
+        staging: Staging,
+        hash_source: bool,
+        progress: Callable[[Progress], None] | None,
     ) -> None:
         self.source = source
         self.plan = plan
@@ -151,7 +168,9 @@ class _Run:
         if not self.journal.done:  # what is resumed has its space already
             require_space(staging.path, plan.output_bytes + _MARGIN_BYTES)
         self._meter = ProgressMeter(progress, len(plan.items), sum(item.tensor.nbytes for item in plan.items))
-        self._hashers = {name: FileHasher(path) for name, path in source.files}
+        self._source_sha256 = _hub_cache_hashes(source)
+        wanted = hash_source and not self._source_sha256
+        self._hashers = {name: FileHasher(path) for name, path in source.files} if wanted else {}
         self._writers = [
             ShardWriter(staging.path / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
         ]
@@ -160,7 +179,6 @@ class _Run:
         self._pending = Counter(item.shard for item in plan.items)
         self._stored: dict[str, StoredWeight] = {}
         self._shard_files: dict[int, FileEntry] = {}
-        self._source_sha256: dict[str, str] = {}
 
     def execute(self, threads: int) -> Manifest:
         """Write every file of the checkpoint into the staging directory, qlf.json last."""
@@ -207,7 +225,8 @@ class _Run:
         if stored is None or not self._stream.is_intact(item, stored):
             stored = self._stream.write(item)
             self.journal.add(stored)
-        self._hashers[item.tensor.file].advance(item.tensor.reader.end_position(item.tensor.info))
+        if item.tensor.file in self._hashers:
+            self._hashers[item.tensor.file].advance(item.tensor.reader.end_position(item.tensor.info))
         with self._lock:
             self._stored[item.name] = stored
             self._pending[item.shard] -= 1
@@ -218,7 +237,10 @@ class _Run:
     def _finish_shard(self, shard: int) -> None:
         writer = self._writers[shard]
         writer.finish()
-        size, digest = hash_file(writer.path)
+        with ThreadPoolExecutor(1) as flusher:
+            flushed = flusher.submit(writer.flush)
+            size, digest = hash_file(writer.path)
+            flushed.result()
         self._shard_files[shard] = FileEntry(self.plan.shard_names[shard], size, digest)
 
     def _finish_source(self, name: str) -> None:
@@ -243,9 +265,8 @@ class _Run:
     def _manifest(self, files: Sequence[FileEntry]) -> Manifest:
         items = sorted(self.plan.items, key=lambda item: natural_key(item.name))
         tensors = [entry for item in items for entry in self._tensor_entries(item)]
-        sources = [
-            FileEntry(name, self._hashers[name].size, self._source_sha256[name]) for name in sorted(self._hashers)
-        ]
+        sizes = {name: path.stat().st_size for name, path in self.source.files}
+        sources = [FileEntry(name, sizes[name], digest) for name, digest in sorted(self._source_sha256.items())]
         return Manifest(
             writer=f"qlformat {__version__}",
             source=SourceEntry(self.source.repo_id, self.source.revision, tuple(sources)),
@@ -289,20 +310,27 @@ def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _finished(source: Source, plan: Plan, out: Path) -> Manifest | None:
-    """The manifest at `out` when an earlier run of this very conversion got as far as its last rename."""
+def _finished(plan: Plan, out: Path) -> bytes | None:
+    """qlf.json at `out` when it may be the result of this very conversion, interrupted after its last rename."""
     try:
-        manifest = parse((out / MANIFEST_NAME).read_bytes())
+        data = (out / MANIFEST_NAME).read_bytes()
+        manifest = parse(data)
     except (OSError, FormatError):
         return None
-    if (manifest.recipe, manifest.skip) != (plan.recipe, plan.skip) or manifest.writer != f"qlformat {__version__}":
-        return None
-    found = {entry.name: (entry.size, entry.sha256) for entry in manifest.source.files}
-    if found != {name: hash_file(path) for name, path in source.files}:
-        return None
-    for leftover in (LOCK_NAME, JOURNAL_NAME):  # the interruption may have come just before these were removed
+    same = (manifest.recipe, manifest.skip, manifest.writer) == (plan.recipe, plan.skip, f"qlformat {__version__}")
+    return data if same else None
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Files of the staging that an interruption just before their removal left behind."""
+    for leftover in (LOCK_NAME, JOURNAL_NAME):
         (out / leftover).unlink(missing_ok=True)
-    return manifest
+
+
+def _hub_cache_hashes(source: Source) -> dict[str, str]:
+    """Name -> sha256 of the weight files, when all lie in the Hub cache under their hashes; else nothing."""
+    blobs = {name: path for name, path in source.files if path.parent.name == "blobs" and _SHA256.fullmatch(path.name)}
+    return {name: path.name for name, path in blobs.items()} if len(blobs) == len(source.files) else {}
 
 
 def _report(source: Source, plan: Plan, manifest: Manifest, out: Path, started: float) -> Report:
@@ -324,7 +352,7 @@ def _report(source: Source, plan: Plan, manifest: Manifest, out: Path, started: 
         out=out,
         manifest=manifest,
         seconds=time.monotonic() - started,
-        source_bytes=sum(entry.size for entry in manifest.source.files),
+        source_bytes=sum(path.stat().st_size for _, path in source.files),
         output_bytes=sum(entry.size for entry in manifest.files if entry.name.endswith(".safetensors")),
         total_params=total,
         quantized_params=params,

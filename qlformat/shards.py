@@ -302,7 +302,7 @@ class ShardWriter:
         return os.preadv(self._fd, [buffer], self.data_start + self._offsets[name] + offset)
 
     def finish(self) -> None:
-        """Write the quant_states and the header, cut the file to its size and flush it to the disk."""
+        """Write the quant_states and the header, and cut the file to its size."""
         position = self.data_start + self._late_start
         for spec in self._specs:
             if spec.late:
@@ -312,6 +312,9 @@ class ShardWriter:
         header = self._header(sizes, self.data_start - _PREFIX)
         self._write_at(0, memoryview(len(header).to_bytes(_PREFIX, "little") + header))
         os.ftruncate(self._fd, position)
+
+    def flush(self) -> None:
+        """Wait until the file is on the disk."""
         os.fsync(self._fd)
 
     def close(self) -> None:

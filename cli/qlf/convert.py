@@ -63,6 +63,7 @@ _MOST_NOTES = 5
 @options.threads
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @options.overwrite
+@click.option("--hash-source", is_flag=True, help="Record the sha256 of the source's files; doubles the time.")
 @options.quiet
 @options.common
 def command(
@@ -77,6 +78,7 @@ def command(
     threads: int | None,
     resume: bool,
     overwrite: bool,
+    hash_source: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -94,6 +96,7 @@ def command(
             threads=threads,
             resume=resume,
             overwrite=overwrite,
+            hash_source=hash_source,
             progress=listener,
         )
     if as_json:

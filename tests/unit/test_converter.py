@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -394,3 +395,23 @@ def test_neither_torch_nor_transformers_is_imported(tmp_path: Path) -> None:
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_source_is_hashed_on_request(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "src", shards=2)
+    assert convert(source, tmp_path / "plain").manifest.source.files == ()
+    found = convert(source, tmp_path / "hashed", hash_source=True).manifest.source.files
+    expected = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source.glob("*.safetensors")}
+    assert {entry.name: entry.sha256 for entry in found} == expected
+
+
+def test_resume_does_not_take_another_sources_result_for_its_own(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "src")
+    convert(source, tmp_path / "out")
+    before = file_bytes(tmp_path / "out")
+    assert convert(source, tmp_path / "out", resume=True).manifest.to_json() == before["qlf.json"]
+    write_source(source, encoded(llama_values(seed=1), "float16"))
+    with pytest.raises(TargetError, match="another source"):
+        convert(source, tmp_path / "out", resume=True)
+    assert file_bytes(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "src"]
