@@ -136,7 +136,7 @@ def convert(
             except (SourceError, FormatError):
                 staging.keep = False  # the source is at fault: there is nothing to resume
                 raise
-            if finished == manifest.to_json():
+            if finished is not None and finished == manifest.to_json():
                 _remove_leftovers(target)  # an earlier run had got as far as its last rename
                 staging.keep = False
             elif finished is not None and not overwrite:

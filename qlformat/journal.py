@@ -13,7 +13,7 @@ from qlformat.errors import TargetError
 FILE_NAME = ".qlf-journal.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredWeight:
     """What was written for one weight.
 

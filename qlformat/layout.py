@@ -53,7 +53,7 @@ class Recipe:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class QuantState:
     """What the quant_state JSON of one weight says.
 

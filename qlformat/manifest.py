@@ -107,7 +107,7 @@ class Manifest:
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         for key, entries in (("weights", self.weights), ("tensors", self.tensors), ("files", self.files)):
-            rows = ",\n".join(f"    {json.dumps(_without_none(asdict(entry)))}" for entry in entries)
+            rows = ",\n".join(f"    {json.dumps(_without_none(vars(entry)))}" for entry in entries)
             lines.append(f'  "{key}": [\n{rows}\n  ]' if rows else f'  "{key}": []')
         lines.append(f'  "self_sha256": "{_NO_DIGEST}"')
         return seal(("{\n" + ",\n".join(lines) + "\n}\n").encode())

@@ -21,7 +21,7 @@ _OFFSET_DIGITS = 24
 _PLAIN_DTYPES = {dtype for dtype in TORCH_NAMES if not dtype.startswith(("F8", "C"))}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One weight of the source and what is written for it.
 

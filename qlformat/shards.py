@@ -236,7 +236,7 @@ class ShardReader:
         self.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to be written: its dtype and shape, or, for a quant_state, only an upper bound of its size.
 
@@ -325,14 +325,16 @@ class ShardWriter:
 
     def _header(self, sizes: Mapping[str, int], length: int) -> bytes:
         """The JSON header, padded with spaces to `length` bytes or, with 0, so that the data starts aligned."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        # Entry by entry: as one tree of objects it would be the largest thing in memory for a model of many tensors.
+        entries = ['"__metadata__":{"format":"pt"}']
         position = 0
         for spec in self._specs:
             shape = [sizes[spec.name]] if spec.late else list(spec.shape)
             end = position + sizes[spec.name]
-            entries[spec.name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": [position, end]}
+            entry = {"dtype": spec.dtype, "shape": shape, "data_offsets": [position, end]}
+            entries.append(f"{json.dumps(spec.name, ensure_ascii=False)}:{json.dumps(entry, separators=(',', ':'))}")
             position = end
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text = f"{{{','.join(entries)}}}".encode()
         return text.ljust(length or -(-(_PREFIX + len(text)) // ALIGNMENT) * ALIGNMENT - _PREFIX)
 
     def _write_at(self, position: int, data: memoryview) -> None:

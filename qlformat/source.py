@@ -42,7 +42,7 @@ class WeightFile(Protocol):
         """Close the file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A tensor of the source: safetensors dtype, shape, size in bytes, and the file it is in."""
 
