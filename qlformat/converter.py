@@ -236,6 +236,7 @@ class _Run:
 
     def _finish_shard(self, shard: int) -> None:
         writer = self._writers[shard]
+        self._stream.release_buffers()  # the header of a large shard takes their place
         writer.finish()
         with ThreadPoolExecutor(1) as flusher:
             flushed = flusher.submit(writer.flush)

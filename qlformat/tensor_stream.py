@@ -66,6 +66,11 @@ class TensorStream:
         """
         return self._copy(item) if item.state is None else self._quantize(item, item.state)
 
+    def release_buffers(self) -> None:
+        """Let go of the calling worker's buffers; they are made again when they are needed."""
+        for use in ("copy", "source", "packed", "moments"):
+            self._local.__dict__.pop(use, None)
+
     def close(self) -> None:
         """Close the workers' scratch files."""
         for file in self._scratch_files:
