@@ -39,8 +39,8 @@ from qlformat.source import Source, open_source
 from qlformat.staging import LOCK_NAME, Staging, require_space
 from qlformat.tensor_stream import Stopped, TensorStream
 
-EXPERT_REASONS = ("fused-experts", "merged-on-load")
-"""Reasons of selection.py that mean experts."""
+EXPERT_REASON = "fused-experts"
+"""Reason of selection.py for experts, stacked or stored one by one."""
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MARGIN_BYTES = 16 << 20
@@ -364,7 +364,7 @@ def _report(source: Source, plan: Plan, manifest: Manifest, out: Path, started: 
 
 
 def _expert_note(unquantized: Mapping[str, int], total: int) -> list[str]:
-    experts = sum(unquantized.get(reason, 0) for reason in EXPERT_REASONS)
+    experts = unquantized.get(EXPERT_REASON, 0)
     if not experts:
         return []
     share = f"{experts / total:.1%} of the weights are fused experts, which bitsandbytes cannot quantize"

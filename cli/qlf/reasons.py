@@ -12,7 +12,7 @@ EXPERTS = "fused experts"
 LABELS: Mapping[str, str] = MappingProxyType(
     {
         "fused-experts": EXPERTS,
-        "merged-on-load": EXPERTS,
+        "merged-on-load": "split or merged while loading",
         "embedding": "embeddings",
         "output-embedding": "output embedding",
         "tied": "tied to the embeddings",
@@ -41,9 +41,6 @@ def kept(unquantized: Mapping[str, int], total: int) -> list[str]:
         unquantized: reason -> element count.
         total: element count of the whole model.
     """
-    counts: dict[str, int] = {}
-    for reason, count in unquantized.items():
-        label = LABELS.get(reason, reason)
-        counts[label] = counts.get(label, 0) + count
+    counts = {LABELS.get(reason, reason): count for reason, count in unquantized.items()}
     order = sorted(counts, key=lambda label: (label != EXPERTS, -counts[label]))
     return [f"{label} {output.share(counts[label], total)}" for label in order if counts[label]]

@@ -83,10 +83,11 @@ def test_experts_come_first(qlf: Run, tmp_path: Path) -> None:
     assert kept.split(maxsplit=2)[2].startswith("fused experts ")
 
 
-def test_kept_merges_labels_and_sorts() -> None:
+def test_kept_names_experts_first_and_nothing_else_as_experts() -> None:
     kept = {"norm": 10, "embedding": 500, "merged-on-load": 5, "fused-experts": 15, "odd-reason": 20, "empty": 0}
     assert reasons.kept(kept, 1000) == [
-        "fused experts 2.0 %", "embeddings 50.0 %", "odd-reason 2.0 %", "norms 1.0 %",
+        "fused experts 1.5 %", "embeddings 50.0 %", "odd-reason 2.0 %", "norms 1.0 %",
+        "split or merged while loading 0.5 %",
     ]  # fmt: skip
 
 
