@@ -32,7 +32,7 @@ def download_source(repo_id: str, revision: str | None) -> Path:
         try:
             info = HfApi().model_info(repo_id, revision=revision)
         except hub.OfflineModeIsEnabled:
-            return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            return _cached(repo_id, revision, name)
         files = [sibling.rfilename for sibling in info.siblings or []]
         top_level = [file for file in files if "/" not in file]
         if not any(file.endswith((".safetensors", ".bin")) for file in top_level):
@@ -58,3 +58,14 @@ def download_source(repo_id: str, revision: str | None) -> Path:
             raise
         reason = str(error).strip().split("\n")[0][:160]
         raise SourceError(f"the Hub did not deliver {name} ({reason}); try again later") from None
+
+
+def _cached(repo_id: str, revision: str | None, name: str) -> Path:
+    """The snapshot in the local cache, for HF_HUB_OFFLINE."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except hub.LocalEntryNotFoundError:
+        raise SourceError(f"{name} is no path and not in the cache; HF_HUB_OFFLINE keeps the Hub from being asked") from None

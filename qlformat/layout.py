@@ -142,7 +142,7 @@ def element_count(shape: Sequence[int]) -> int:
 
 
 def strict_json(data: bytes) -> Any:
-    """Parse UTF-8 JSON; repeated keys, NaN, Infinity and numbers beyond float64 raise ValueError."""
+    """Parse UTF-8 JSON; repeated keys, NaN, Infinity, -0 and numbers beyond float64 raise ValueError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -159,8 +159,19 @@ def strict_json(data: bytes) -> Any:
             raise ValueError(f"{digits[:40]} is too large")
         return number
 
+    def integer(digits: str) -> int:
+        if digits == "-0":
+            raise ValueError("-0 is no integer")
+        return int(digits)
+
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_float=finite,
+            parse_int=integer,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

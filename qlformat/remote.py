@@ -218,7 +218,9 @@ def _raise_hub_error(error: Exception, name: str) -> NoReturn:
         message = f"{name}: the repository has no such revision; check the branch, tag or commit"
     elif isinstance(error, hub.RepositoryNotFoundError):
         message = f"found no path {name!r} and no such repository; check the spelling, or log in if it is private"
-    elif isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
+    elif isinstance(error, hub.OfflineModeIsEnabled):
+        message = f"{name} is no path and not in the cache; HF_HUB_OFFLINE keeps the Hub from being asked"
+    elif isinstance(error, hub.LocalEntryNotFoundError):
         message = f"{name} is not in the local cache and the Hub cannot be reached; check the connection"
     elif isinstance(error, hub.EntryNotFoundError):
         message = f"{name}: the repository lacks this file"

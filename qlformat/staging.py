@@ -244,11 +244,11 @@ def _check_existing(out: Path, overwrite: bool) -> None:
     names = os.listdir(out)
     if not names:
         return
-    if not overwrite:
-        raise TargetError(f"{out}: the directory exists and is not empty; choose another target or use --overwrite")
     # A slip of the keyboard must not delete somebody's home directory: only what looks like a model is replaced.
     if not any(name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        raise TargetError(f"{out}: the directory holds no model, so it is not overwritten; remove it yourself first")
+        raise TargetError(f"{out}: the directory is not empty and holds no model; choose another target")
+    if not overwrite:
+        raise TargetError(f"{out}: the directory exists and is not empty; choose another target or use --overwrite")
 
 
 def _missing_parents(out: Path) -> list[Path]:

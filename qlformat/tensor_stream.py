@@ -18,7 +18,7 @@ from qlformat import codec
 from qlformat.codebook import CODEBOOKS, DYNAMIC8
 from qlformat.errors import SourceError
 from qlformat.journal import StoredWeight
-from qlformat.layout import BLOCKSIZES, NESTED_BLOCKSIZE, QuantState, quant_state_name
+from qlformat.layout import NESTED_BLOCKSIZE, QuantState, quant_state_name
 from qlformat.native import NonFiniteError
 from qlformat.plan import Item
 from qlformat.progress import ProgressMeter
@@ -31,6 +31,8 @@ CHUNK_BYTES = 2 << 20
 F32 = npt.NDArray[np.float32]
 
 _MOMENTS_BYTES = 12
+_BLOCKS_IN_MEMORY = 1 << 18
+"""Most blocks of a weight whose moments stay in memory (3 MB): a multiple of 256, and at least those of a chunk."""
 
 _NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -128,9 +130,8 @@ class TensorStream:
         return self._companions(item, state, companions, packed_sha256, sums)
 
     def _pack(self, item: Item, state: QuantState, absmax: F32) -> str:
-        """Quantize in chunks, filling absmax and the scratch file; returns the sha256 of the packed bytes."""
+        """Quantize in chunks, filling absmax and keeping the moments; returns the sha256 of the packed bytes."""
         digest = hashlib.sha256()
-        scratch = self._scratch()
         packed = self._buffer("packed", CHUNK_ELEMENTS // 2)
         whole = self._transposed(item, state) if item.transpose else None
         for start in range(0, state.elements, CHUNK_ELEMENTS):
@@ -140,7 +141,7 @@ class TensorStream:
             first = start // state.blocksize
             blocks = slice(first, first + -(-count // state.blocksize))
             out = packed[: -(-count // 2)]
-            moments = self._moments(blocks)
+            moments = self._moments(state, blocks)
             try:
                 codec.quantize(
                     values, dtype=state.dtype, quant_type=state.quant_type, blocksize=state.blocksize,
@@ -148,7 +149,8 @@ class TensorStream:
                 )  # fmt: skip
             except NonFiniteError as error:
                 raise self._located(item, state, first + error.block) from None
-            os.pwrite(scratch, moments.data, first * _MOMENTS_BYTES)
+            if state.blocks > _BLOCKS_IN_MEMORY:
+                os.pwrite(self._scratch(), moments.data, first * _MOMENTS_BYTES)
             self._writers[item.shard].write(item.name, start // 2, out.data)
             digest.update(out.data)
             self._meter.add(values.nbytes)
@@ -170,13 +172,13 @@ class TensorStream:
     def _squared_error(
         self, state: QuantState, absmax: F32, nested: tuple[npt.NDArray[np.uint8], F32, np.float32] | None
     ) -> tuple[float, float]:
-        """Squared error and norm of the weight just packed, from the moments in the scratch file."""
-        scratch, sums = self._scratch(), (0.0, 0.0)
-        step = CHUNK_ELEMENTS // state.blocksize  # a multiple of 256, so every piece begins with a nested block
-        for first in range(0, state.blocks, step):
-            blocks = slice(first, min(first + step, state.blocks))
-            moments = self._moments(blocks)
-            os.preadv(scratch, [moments.data.cast("B")], first * _MOMENTS_BYTES)
+        """Squared error and norm of the weight just packed, from its moments."""
+        sums = (0.0, 0.0)
+        for first in range(0, state.blocks, _BLOCKS_IN_MEMORY):  # every piece begins with a nested block
+            blocks = slice(first, min(first + _BLOCKS_IN_MEMORY, state.blocks))
+            moments = self._moments(state, blocks)
+            if state.blocks > _BLOCKS_IN_MEMORY:
+                os.preadv(self._scratch(), [moments.data.cast("B")], first * _MOMENTS_BYTES)
             decoded = absmax[blocks]
             if nested is not None:
                 codes, nested_absmax, offset = nested
@@ -214,17 +216,18 @@ class TensorStream:
             rule="E1", tensor=item.name, file=item.tensor.file,
         )  # fmt: skip
 
-    def _moments(self, blocks: slice) -> F32:
-        """The worker's buffer for the moments of some blocks, float32 [blocks, 3]."""
+    def _moments(self, state: QuantState, blocks: slice) -> F32:
+        """The worker's buffer for the moments of some blocks, float32 [blocks, 3]; a small weight has room for all."""
+        start = blocks.start * _MOMENTS_BYTES if state.blocks <= _BLOCKS_IN_MEMORY else 0
         size = (blocks.stop - blocks.start) * _MOMENTS_BYTES
-        most = CHUNK_ELEMENTS // BLOCKSIZES[0] * _MOMENTS_BYTES
-        return self._buffer("moments", most)[:size].view(np.float32).reshape(-1, 3)
+        buffer = self._buffer("moments", _BLOCKS_IN_MEMORY * _MOMENTS_BYTES)
+        return buffer[start : start + size].view(np.float32).reshape(-1, 3)
 
     def _scratch(self) -> int:
         """Descriptor of this worker's scratch file, which has no name.
 
-        It holds the moments of the weight in work: they are wanted again only when the whole tensor's absmax is known,
-        and in memory they would grow with the largest tensor.
+        It holds the moments of a large weight: they are wanted again only when the whole tensor's absmax is known, and
+        in memory they would grow with the largest tensor.
         """
         if not hasattr(self._local, "scratch"):
             file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 (open until close())

@@ -1,8 +1,8 @@
 """Write qlformat/data/architectures.json: what transformers does per architecture when it loads and quantizes.
 
 Every architecture is built on the meta device in many configurations; what transformers' own `replace_with_bnb_linear`
-replaces is compared with the rules by name in `qlformat/selection.py`, and only the differences are written. Run it
-after an update of transformers (half an hour on two cores), then tests/interop/test_selection_transformers.py.
+replaces is compared with the rules by name in `qlformat/architectures.py`, and only the differences are written. Run it
+after an update of transformers (five minutes of one core), then tests/interop/test_selection_transformers.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from transformers.utils import ContextManagers  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qlformat import selection  # noqa: E402
+from qlformat.architectures import rule_by_name  # noqa: E402
 
 # Models with hundreds of tied weights make transformers match as many patterns against every module.
 re._MAXCACHE = 1 << 16  # type: ignore[attr-defined]
@@ -261,7 +261,7 @@ def corrections(facts: Facts) -> dict[str, Any]:
     for name, why in sorted(facts.reasons.items()):
         if name in quantized and why - QUANTIZED:
             print(f"    depends on the configuration: {name} {sorted(why)}", file=sys.stderr)
-        guess = selection.rule_by_name(name)
+        guess = rule_by_name(name)
         others = set(facts.reasons) - quantized if name in quantized else quantized
         if "conv1d" in why:
             entry.setdefault("conv1d", set()).add(_ending(name, set(facts.reasons) - {name}))

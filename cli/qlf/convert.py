@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,11 +35,12 @@ Examples:
 """
 
 _MOST_NOTES = 5
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 @click.command("convert", context_settings=options.CONTEXT, epilog=EPILOG)
-@click.argument("src", type=click.Path())
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("src", type=options.Location())
+@click.argument("out", type=options.Location(path_type=Path))
 @click.option(
     "--skip", multiple=True, metavar="GLOB", help="Leave matching tensors or modules unquantized; may be repeated."
 )
@@ -124,4 +126,14 @@ def _told(report: Report) -> Iterator[str]:
         yield f"  as is   {', '.join(kept)}"
     yield f"  time    {output.seconds(report.seconds)}, {output.speed(report.source_bytes, report.seconds)}"
     yield f"Next: qlf verify {shlex.quote(str(report.out))}"
-    yield f"      AutoModelForCausalLM.from_pretrained({str(report.out)!r})   # plain transformers"
+    from qlformat.selection import UNPACKS_EXPERTS
+
+    if UNPACKS_EXPERTS not in report.notes:
+        yield f"      {_loader(report.out)}.from_pretrained({str(report.out)!r})   # plain transformers"
+
+
+def _loader(out: Path) -> str:
+    """The class of transformers that loads the checkpoint: the Auto class of causal models, or its own."""
+    names = json.loads((out / "config.json").read_bytes()).get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    return name if name.isidentifier() and not name.endswith(_CAUSAL) else "AutoModelForCausalLM"

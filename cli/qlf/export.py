@@ -25,8 +25,8 @@ Examples:
 
 
 @click.command("export", context_settings=options.CONTEXT, epilog=EPILOG)
-@click.argument("base", type=click.Path())
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("base", type=options.Location())
+@click.argument("out", type=options.Location(path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES), required=True, help="dtype of the written weights.")
 @options.shard_size
 @options.threads

@@ -26,7 +26,7 @@ Examples:
 
 
 @click.command("inspect", context_settings=options.CONTEXT, epilog=EPILOG)
-@click.argument("path", type=click.Path())
+@click.argument("path", type=options.Location())
 @click.option("--tensors", is_flag=True, help="List every weight.")
 @options.common
 def command(path: str, tensors: bool, as_json: bool) -> None:

@@ -31,7 +31,23 @@ def parse_size(text: str) -> int:
     size = int(Decimal(number) * (1024 if binary else 1000) ** _POWER[(unit or "").lower()])
     if not 1 <= size < 1 << 62:
         raise ValueError(f"{text!r} is out of range; write 5GB, 500MB or 2GiB")
+    if text.strip().isdigit() and size < 1_000_000:
+        raise ValueError(f"{text!r} has no unit and would be bytes; write {text.strip()}GB or {text.strip()}B")
     return size
+
+
+class Location(click.Path):
+    """A path or a Hub repository: any text but the empty one, which is what an unset shell variable leaves."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value as it is, or as `path_type`."""
+        if not str(value):
+            self.fail("it is empty; is a shell variable unset?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Count(click.IntRange):
+    name = "whole number"
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
@@ -47,7 +63,7 @@ shard_size = click.option(
 
 threads = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=_Count(min=1),
     metavar="N",
     help="CPU threads; all by default. The result never depends on it.",
 )

@@ -16,6 +16,7 @@ from qlf.progress import progress
 if TYPE_CHECKING:
     from qlformat import Finding
 
+_FEW = 3
 _MOST_ON_A_TERMINAL = 40
 
 EPILOG = """\b
@@ -36,8 +37,8 @@ Examples:
 
 
 @click.command("verify", context_settings=options.CONTEXT, epilog=EPILOG)
-@click.argument("path", type=click.Path())
-@click.option("--source", metavar="SRC", type=click.Path(), help="The 16- or 32-bit model that it was made from.")
+@click.argument("path", type=options.Location())
+@click.option("--source", metavar="SRC", type=options.Location(), help="The 16- or 32-bit model that it was made from.")
 @options.threads
 @options.quiet
 @options.common
@@ -62,6 +63,9 @@ def command(path: str, source: str | None, threads: int | None, quiet: bool, as_
             }
         )
     else:
+        different = sum(finding.rule == "E5" for finding in findings)
+        if different > _FEW:
+            output.line(f"{different} weights differ from {source}: is it the model that this checkpoint was made from?")
         _tell(path, findings, notes, took)
     return 1 if findings else 0
 

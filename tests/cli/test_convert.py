@@ -10,7 +10,7 @@ from qlf import reasons
 
 import qlformat
 from qlformat.manifest import parse
-from tests.builders import LLAMA_PLAIN, LLAMA_QUANTIZED, build_source
+from tests.builders import LLAMA_CONFIG, LLAMA_PLAIN, LLAMA_QUANTIZED, build_source
 from tests.cli.conftest import Run
 
 # Ctrl-C while the first tensor is converted.
@@ -81,6 +81,31 @@ def test_experts_come_first(qlf: Run, tmp_path: Path) -> None:
     assert "fused experts" in lines[1] and "%" in lines[1] and lines[1].startswith("  note: ")
     kept = next(line for line in lines if line.startswith("  as is"))
     assert kept.split(maxsplit=2)[2].startswith("fused experts ")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "hint"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM.from_pretrained"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM.from_pretrained"),
+        ("T5ForConditionalGeneration", " T5ForConditionalGeneration.from_pretrained"),
+        ("os; system", "AutoModelForCausalLM.from_pretrained"),
+    ],
+)
+def test_the_last_line_names_the_class_that_loads(qlf: Run, tmp_path: Path, architecture: str, hint: str) -> None:
+    source = build_source(tmp_path / "source", config=LLAMA_CONFIG | {"architectures": [architecture]})
+    result = qlf("convert", source, tmp_path / "out")
+    assert hint in result.out.splitlines()[-1]
+
+
+def test_no_hint_where_transformers_cannot_load(qlf: Run, tmp_path: Path) -> None:
+    experts = "model.layers.0.feed_forward.experts.gate_up_proj"
+    config = LLAMA_CONFIG | {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
+    weights = {**LLAMA_QUANTIZED, **LLAMA_PLAIN, experts: (4, 64, 64)}
+    result = qlf("convert", build_source(tmp_path / "source", config=config, weights=weights), tmp_path / "out")
+    assert result.code == 0
+    assert "cannot load those that stay fused" in result.out
+    assert "from_pretrained" not in result.out
 
 
 def test_kept_names_experts_first_and_nothing_else_as_experts() -> None:

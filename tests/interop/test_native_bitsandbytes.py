@@ -6,23 +6,20 @@ says 0.0, and its nested_offset, a float32 mean whose last bits depend on its th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from bitsandbytes import functional
 
 from qlformat import native, reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8, DYNAMIC8_THRESHOLDS
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch = pytest.importorskip("torch")
-functional = pytest.importorskip("bitsandbytes.functional")
-
 if not native.available():
-    pytest.skip(native.why_unavailable(), allow_module_level=True)
+    pytest.skip(f"no native kernels to test: {native.why_unavailable()}", allow_module_level=True)
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]

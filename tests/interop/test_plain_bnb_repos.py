@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-bnb = pytest.importorskip("bitsandbytes")
-
-from qlformat.checkpoint import open_checkpoint  # noqa: E402  (after the skips)
-from qlformat.converter import convert  # noqa: E402
-from qlformat.exporter import export  # noqa: E402
-from qlformat.layout import Recipe  # noqa: E402
-from qlformat.summary import summarize  # noqa: E402
-from qlformat.verifier import verify  # noqa: E402
-from tests import builders  # noqa: E402
+from qlformat.checkpoint import open_checkpoint
+from qlformat.converter import convert
+from qlformat.exporter import export
+from qlformat.layout import Recipe
+from qlformat.summary import summarize
+from qlformat.verifier import verify
+from tests import builders
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 30, 17, 8, 4]])
 

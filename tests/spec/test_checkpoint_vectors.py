@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from bitsandbytes import functional
+from safetensors.torch import load_file
 
 from qlformat.converter import convert
 from qlformat.errors import QlfError
@@ -205,10 +208,6 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
 
 def test_bitsandbytes_decodes_the_valid_checkpoints() -> None:
     """What expected.json says of the decoded weights is what bitsandbytes gives, but for the sign of fp4's zeros."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    import torch
-    from safetensors.torch import load_file
-
     compared = 0
     for case in cases("checkpoints/valid"):
         for name, entry in expected(case).get("decoded", {}).items():

@@ -13,6 +13,8 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from bitsandbytes import functional
 
 from qlformat.codebook import CODEBOOKS, DYNAMIC8, DYNAMIC8_THRESHOLDS
 
@@ -132,9 +134,6 @@ def test_the_8_bit_thresholds_follow_from_the_cells() -> None:
 
 
 def test_bitsandbytes_has_the_same_8_bit_thresholds() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    import torch
-
     code = torch.from_numpy(DYNAMIC8.copy())
     for side, values in (("at", DYNAMIC8_THRESHOLDS), ("above", np.nextafter(DYNAMIC8_THRESHOLDS, np.float32(2)))):
         block = torch.from_numpy(np.concatenate([values, np.float32([1])]))  # an absmax of 1 scales by nothing
@@ -195,7 +194,6 @@ def test_order_and_thresholds_are_those_of_the_spec() -> None:
 
 
 def test_bitsandbytes_has_the_same_tables() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
     for name, book in CODEBOOKS.items():
         assert functional.get_4bit_type(name, device="cpu").numpy().tobytes() == book.values.tobytes()
     made = functional.create_dynamic_map().numpy()

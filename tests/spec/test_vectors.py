@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from bitsandbytes import functional
 
 from qlformat import codec, reference
 from qlformat.layout import QuantState, parse_quant_state
@@ -121,9 +123,6 @@ def test_the_vectors_cover_what_they_should() -> None:
 
 def test_bitsandbytes_still_decodes_like_the_vectors() -> None:
     """The committed bytes are what the installed bitsandbytes gives, for a sample that is quick to run."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    import torch
-
     for name in ("nf4-bf16-dq", "nf4-f16-f32-absmax", "nf4-two-nested-blocks", "nf4-elements-65"):
         vector = load("decode", name)
         tensors = {

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from qlformat import native, native_library, reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8, DYNAMIC8_THRESHOLDS
 from qlformat.errors import NativeError, QlfError
 
 if not native.available():
-    pytest.skip(native.why_unavailable(), allow_module_level=True)
+    pytest.skip(f"no native kernels to test: {native.why_unavailable()}", allow_module_level=True)
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -38,16 +39,25 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 
+def simde_roots() -> list[Path]:
+    """Where SIMDe's headers may be: in the package simde-py, or installed by the system."""
+    found = importlib.util.find_spec("simde_py")
+    packaged = [Path(found.origin).parent / "simde"] if found and found.origin else []
+    return [*packaged, Path("/usr/include"), Path("/usr/local/include")]
+
+
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The AVX-512 and NEON sources compiled against SIMDe's portable emulation of their intrinsics."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulated kernels with")
-    if not any((Path(root) / "simde/x86/avx512.h").is_file() for root in ("/usr/include", "/usr/local/include")):
-        pytest.skip("SIMDe's headers are not installed (Debian: apt-get install libsimde-dev)")
+    headers = next((root for root in simde_roots() if (root / "simde/x86/avx512.h").is_file()), None)
+    if headers is None:
+        pytest.skip("SIMDe's headers are not installed (pip install simde-py, or Debian: apt-get install libsimde-dev)")
     build = tmp_path_factory.mktemp("emulated")
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-psabi", "-DQLF_SIMDE", f"-I{KERNELS / 'include'}"]
+    flags += ["-idirafter", str(headers)]
     names = ("api", "nested", "transpose", "scalar", "avx512", "neon")
     jobs = [
         subprocess.Popen([compiler, *flags, "-c", str(KERNELS / "cpu" / f"{name}.cpp"), "-o", str(build / f"{name}.o")])
@@ -80,7 +90,7 @@ def isa(request: pytest.FixtureRequest, load_library: Callable[[Path], None]) ->
     if emulated:
         load_library(request.getfixturevalue("emulated_library"))
     if name not in native.isa_levels():
-        pytest.skip(f"this processor has no {name}")
+        pytest.skip(f"this processor has no {name}; the same kernels run emulated where SIMDe is installed")
     return name
 
 
@@ -340,7 +350,6 @@ def test_pieces_give_the_bytes_of_the_whole(isa: str, large: Array) -> None:
 
 
 def test_flush_to_zero_in_the_caller_changes_nothing(isa: str) -> None:
-    torch = pytest.importorskip("torch")
     n = 64 * 40 + 9
     x = mixed_values(n, "float32", seed=11)
     x[: 64 * 8] *= np.float32(1e-38)

@@ -38,7 +38,7 @@ def sources() -> dict[Path, list[str]]:
 def test_kernels_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler to build the kernels with the sanitizers")
     objects = {path: tmp_path / f"{path.stem}.o" for path in sources()}
     jobs = [
         subprocess.Popen([compiler, *FLAGS, *flags, "-c", str(path), "-o", str(objects[path])])

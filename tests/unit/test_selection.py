@@ -57,6 +57,24 @@ def test_llama(head: bool) -> None:
     assert why.get("lm_head.weight") == ("output-embedding" if head else None)
 
 
+def test_a_wrapper_of_two_models_follows_the_rules_of_both() -> None:
+    """Else GPT-2's Conv1D would be stored untransposed, and BERT's tied head be a 4-bit layer without a weight."""
+    config = {"model_type": "encoder-decoder", "encoder": {"model_type": "bert"}, "decoder": {"model_type": "gpt2"}}
+    shapes: Shapes = {
+        "encoder.encoder.layer.0.attention.self.query.weight": (64, 64),
+        "encoder.embeddings.word_embeddings.weight": (100, 64),
+        "decoder.transformer.h.0.attn.c_attn.weight": (64, 192),
+        "decoder.transformer.wte.weight": (100, 64),
+        "decoder.lm_head.weight": (100, 64),
+    }
+    chosen = select(config, shapes)
+    assert list(reasons(chosen).values()) == ["linear", "embedding", "conv1d", "embedding", "output-embedding"]
+    assert chosen.decisions["decoder.transformer.h.0.attn.c_attn.weight"].transpose
+    assert is_conv1d(config, "decoder.transformer.h.0.attn.c_attn.weight")
+    assert {"lm_head", "cls.predictions.decoder"} <= set(chosen.skip_modules)
+    assert not chosen.known_architecture and "unknown" in chosen.notes[0]
+
+
 def test_decisions_keep_names_and_order() -> None:
     chosen = select(LLAMA, llama_shapes())
     assert [d.name for d in chosen.decisions.values()] == list(chosen.decisions) == list(llama_shapes())

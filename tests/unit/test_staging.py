@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +34,9 @@ def write(out: Path, text: str, *, overwrite: bool = False) -> None:
     with Staging(out, overwrite=overwrite) as staging:
         fill(staging.path, text)
         staging.commit()
+
+
+NOBODY = 65534
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -259,13 +263,18 @@ def test_names_and_places_that_cannot_be(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_directory(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        assert "no permission" in refusal(lambda: Staging(tmp_path / "out"))
-    finally:
-        tmp_path.chmod(0o700)
+def test_a_read_only_directory() -> None:
+    """Root may write everywhere, so as root this is tried as somebody else, in a place that all may enter."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o555)
+        try:
+            if user == 0:
+                os.seteuid(NOBODY)
+            assert "no permission" in refusal(lambda: Staging(Path(place) / "out"))
+        finally:
+            os.seteuid(user)
+            os.chmod(place, 0o700)
 
 
 def test_require_space(tmp_path: Path) -> None:
