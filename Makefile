@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.qlformat-installed
 KERNELS := $(shell find kernels -type f)
 PYSOURCES := qlformat cli tests tools benchmarks spec
-CXXSOURCES := $(shell find kernels spec/kit -name '*.cpp' -o -name '*.h' -o -name '*.c')
+CXXSOURCES := $(shell find kernels spec/kit -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint types format bench clean
+.PHONY: help demo test lint types format bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "found Python %d.%d, needed 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -47,6 +47,10 @@ bench: $(STAMP) ## Measure against bitsandbytes and transformers; takes 15 minut
 	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_startup.py
 	$(BIN)/python benchmarks/bench_convert.py --cleanup
+
+OUT ?= gpu-check.json
+gpu-check: ## On a machine with an NVIDIA GPU: test and measure the CUDA kernels, write OUT=gpu-check.json
+	$(PYTHON) tools/gpu_check.py --out $(OUT)
 
 clean: ## Remove the virtual environment and what was built
 	rm -rf $(VENV) build
