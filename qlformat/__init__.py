@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qlformat.errors import FormatError, NativeError, QlfError, SourceError, TargetError
     from qlformat.exporter import ExportReport, export
     from qlformat.layout import QuantState, Recipe
+    from qlformat.loader import load_state_dict
+    from qlformat.model_loader import load_model
     from qlformat.summary import Summary, summarize
     from qlformat.verifier import Finding, verify
 
@@ -35,6 +37,8 @@ _HOME = {
     "TargetError": "errors",
     "convert": "converter",
     "export": "exporter",
+    "load_model": "model_loader",
+    "load_state_dict": "loader",
     "open": "checkpoint",
     "summarize": "summary",
     "verify": "verifier",
@@ -42,7 +46,8 @@ _HOME = {
 
 __all__ = [
     "Checkpoint", "ExportReport", "Finding", "FormatError", "NativeError", "QlfError", "QuantState", "Recipe",
-    "Report", "SourceError", "Summary", "TargetError", "convert", "export", "open", "summarize", "verify",
+    "Report", "SourceError", "Summary", "TargetError", "convert", "export", "load_model", "load_state_dict", "open",
+    "summarize", "verify",
 ]  # fmt: skip
 
 

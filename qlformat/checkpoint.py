@@ -14,6 +14,7 @@ import numpy.typing as npt
 from qlformat import codec, manifest, native, reference
 from qlformat.errors import FormatError, QlfError
 from qlformat.layout import NESTED_BLOCKSIZE, QuantState
+from qlformat.lazy import LazyWeight
 from qlformat.stored import StoredCheckpoint
 from qlformat.weights import Weight
 
@@ -56,7 +57,15 @@ class Checkpoint(StoredCheckpoint):
     """An open checkpoint: a StoredCheckpoint that decodes.
 
     Safe to share between threads; a context manager.
+
+        with open_checkpoint("out") as checkpoint:
+            weight = checkpoint["model.layers.0.mlp.down_proj.weight"]     # nothing is decoded yet
+            weight.shape, weight.dtype, weight[0:128], weight.astype("float32")[-1]
     """
+
+    def __getitem__(self, name: str) -> LazyWeight:
+        """The weight of this name, to be decoded whole or in rows; QlfError when there is none."""
+        return LazyWeight(self, self.weight(name))
 
     def tensor_sha256(self, name: str) -> str:
         """Hexadecimal sha256 of the bytes of a stored tensor."""
@@ -160,13 +169,10 @@ class Checkpoint(StoredCheckpoint):
         name = f"{weight.name}.absmax"
         if not state.nested:
             values: F32 = self.read_part(name, first * 4, (last - first) * 4).view("<f4")
-            self._check_scales(values, "T4", name)
+            self.check_scales(values, "T4", name)
             return values
         begin = first // NESTED_BLOCKSIZE
-        codes = self.read_part(name, begin * NESTED_BLOCKSIZE, last - begin * NESTED_BLOCKSIZE)
-        nested_name = f"{weight.name}.nested_absmax"
-        nested: F32 = self.read_part(nested_name, begin * 4, (-(-last // NESTED_BLOCKSIZE) - begin) * 4).view("<f4")
-        self._check_scales(nested, "D1", nested_name)
+        codes, nested = self.nested_scales(weight, begin * NESTED_BLOCKSIZE, last)
         offset = np.float32(state.nested_offset)
         table = self.nested_maps.get(weight.name)
         if table is None:
@@ -175,13 +181,31 @@ class Checkpoint(StoredCheckpoint):
             decoded = table[codes] * np.repeat(nested, NESTED_BLOCKSIZE)[: codes.size] + offset
         return decoded[first - begin * NESTED_BLOCKSIZE :]
 
+    def nested_scales(self, weight: Weight, first: int, last: int) -> tuple[U8, F32]:
+        """What double quantization stores for blocks [first, last): codes uint8, and nested_absmax float32 for them.
+
+        Args:
+            weight: a double-quantized weight.
+            first: begins a nested block.
+            last: end, at most the number of blocks.
+
+        Raises:
+            FormatError: D1, a nested_absmax is not finite or negative.
+        """
+        codes = self.read_part(f"{weight.name}.absmax", first, last - first)
+        name, begin = f"{weight.name}.nested_absmax", first // NESTED_BLOCKSIZE
+        nested: F32 = self.read_part(name, begin * 4, (-(-last // NESTED_BLOCKSIZE) - begin) * 4).view("<f4")
+        self.check_scales(nested, "D1", name)
+        return codes, nested
+
     def decoded_dtype(self, weight: Weight, dtype: str | None) -> str:
         """The torch name of what `decode` gives for this weight when `dtype` is asked for."""
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise QlfError(f"dtype {dtype!r} is not supported; use one of {', '.join(FLOAT_DTYPES)}")
         return dtype if dtype is not None and weight.dtype in _CASTABLE else weight.dtype
 
-    def _check_scales(self, values: F32, rule: str, tensor: str) -> None:
+    def check_scales(self, values: F32, rule: str, tensor: str) -> None:
+        """Refuse scales of a stored tensor that are not finite or negative: FormatError with this rule."""
         bad = ~(np.isfinite(values) & ~(values < 0))
         if bad.any():
             found = values[bad][0]

@@ -68,4 +68,6 @@ def _cached(repo_id: str, revision: str | None, name: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except hub.LocalEntryNotFoundError:
-        raise SourceError(f"{name} is no path and not in the cache; HF_HUB_OFFLINE keeps the Hub from being asked") from None
+        raise SourceError(
+            f"{name} is no path and not in the cache; HF_HUB_OFFLINE keeps the Hub from being asked"
+        ) from None

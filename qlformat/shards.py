@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ MAX_NAME_BYTES = 4096
 ALIGNMENT = 64
 _PREFIX = 8
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def _entry(name: str, fields: Any, file: str) -> TensorInfo:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         raise bad("S7", "the name is not valid Unicode") from None
-    if not 1 <= size <= MAX_NAME_BYTES or any(ord(c) < 32 or ord(c) == 127 for c in name):
+    if not 1 <= size <= MAX_NAME_BYTES or _CONTROL.search(name):
         raise bad("S7", f"the name has {size} bytes or holds a control character, needed 1 to {MAX_NAME_BYTES} bytes")
     if not isinstance(fields, dict) or set(fields) != _ENTRY_KEYS:
         raise bad("S3", f"the entry must have exactly {sorted(_ENTRY_KEYS)}")
@@ -190,6 +192,7 @@ class ShardReader:
             if not stat.S_ISREG(status.st_mode):
                 raise FormatError("this is not a regular file", rule="R4", file=self.name)
             self.size = status.st_size
+            self._changed_ns = status.st_mtime_ns
             length = header_length(os.pread(self._fd, _PREFIX, 0), self.size, self.name)
             self.header = parse_header(os.pread(self._fd, length, _PREFIX), self.size, self.name)
         except BaseException:
@@ -210,6 +213,21 @@ class ShardReader:
             if count == 0:
                 raise FormatError("the file became shorter while it was read", rule="S5", file=self.name)
             done += count
+
+    def prefetch(self, info: TensorInfo, offset: int, size: int) -> None:
+        """Have the system read `size` bytes of a tensor from `offset` on in the background, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, self.header.data_start + info.begin + offset, size, os.POSIX_FADV_WILLNEED)
+
+    def check_unchanged(self) -> None:
+        """Compare size and time of the last change with those when the file was opened.
+
+        Raises:
+            FormatError: S5, somebody wrote to it. A file that was replaced by renaming is still read as it was.
+        """
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._changed_ns):
+            raise FormatError("the file was changed while it was read; load it again", rule="S5", file=self.name)
 
     def end_position(self, info: TensorInfo) -> int:
         """Position in the file just behind the tensor's bytes."""

@@ -74,6 +74,23 @@ class StoredCheckpoint:
         self._shard_of(name).read_into(self.tensors[name].info, offset, data.data)
         return data
 
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (bytes) with bytes of a stored tensor from `offset` on."""
+        self._shard_of(name).read_into(self.tensors[name].info, offset, buffer)
+
+    def prefetch(self, name: str, offset: int, size: int) -> None:
+        """Have the system read bytes of a stored tensor in the background."""
+        self._shard_of(name).prefetch(self.tensors[name].info, offset, size)
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was read is what was checked.
+
+        Raises:
+            FormatError: S5, a shard was written to since it was opened.
+        """
+        for reader in self.shards.values():
+            reader.check_unchanged()
+
     def close(self) -> None:
         """Close every file; reading afterwards is an error."""
         for reader in self.shards.values():

@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "inspect": "Show what a checkpoint holds; reads headers only.",
         "verify": "Check every byte of a checkpoint against the format.",
         "export": "Write a 4-bit checkpoint out as a plain 16- or 32-bit model.",
+        "generate": "Answer a prompt with a checkpoint.",
     }
 )
 """Command -> its line in `qlf --help`. Each is the `command` of the module qlf.<name>."""
