@@ -110,6 +110,37 @@ void check(size_t n, unsigned blocksize, int dtype, int quant_type) {
   }
 }
 
+// What a loader does: decode a tensor in pieces that begin a nested block, each from buffers of its own that hold no
+// more.
+void check_pieces(size_t n, unsigned blocksize, int dtype) {
+  const size_t nb = (n + blocksize - 1) / blocksize, element = dtype == QLF_FLOAT32 ? 4 : 2, step = 256 * blocksize;
+  Buffer source(n * element), packed((n + 1) / 2), absmax(nb * 4), q(nb), nested((nb + 255) / 256 * 4),
+      whole(n * element);
+  fill(source, dtype);
+  float offset = 0.0f;
+  uint64_t bad = 0;
+  qlf_quantize(source.data(), dtype, n, QLF_NF4, blocksize, packed.data(), absmax.data(), nullptr, &bad, 1,
+               QLF_ISA_BEST);
+  qlf_double_quantize(absmax.data(), nb, q.data(), nested.data(), &offset, &bad, 1);
+  qlf_dequantize_nested(packed.data(), q.data(), nested.data(), &offset, 0, n, QLF_NF4, blocksize, dtype, whole.data(),
+                        1, QLF_ISA_BEST);
+  for (size_t begin = 0; begin < n; begin += step) {
+    const size_t count = n - begin < step ? n - begin : step, blocks = (count + blocksize - 1) / blocksize;
+    Buffer codes((count + 1) / 2), scales(blocks), one(4), out(count * element), expected(count * element);
+    memcpy(codes.data(), packed.data() + begin / 2, codes.size());
+    memcpy(scales.data(), q.data() + begin / blocksize, blocks);
+    memcpy(one.data(), nested.data() + begin / step * 4, 4);
+    memcpy(expected.data(), whole.data() + begin * element, expected.size());
+    for (const int isa : {QLF_ISA_SCALAR, QLF_ISA_AVX2, QLF_ISA_AVX512, QLF_ISA_NEON}) {
+      if (!qlf_isa_supported(isa)) continue;
+      expect(qlf_dequantize_nested(codes.data(), scales.data(), one.data(), &offset, 0, count, QLF_NF4, blocksize,
+                                   dtype, out.data(), 1, isa) == QLF_OK &&
+                 equal(out, expected),
+             "a piece", n, blocksize, isa);
+    }
+  }
+}
+
 void check_transpose(size_t rows, size_t cols, unsigned itemsize) {
   Buffer source(rows * cols * itemsize), there(source.size()), back(source.size());
   for (size_t i = 0; i < source.size(); ++i) source.data()[i] = static_cast<unsigned char>(i * 37 + i / 251);
@@ -157,6 +188,8 @@ int main() {
       }
     }
     check(large, 64, dtype, QLF_NF4);
+    check_pieces(64 * 256 * 3 + 131, 64, dtype);
+    check_pieces(32 * 256 + 1, 32, dtype);
   }
   for (const unsigned itemsize : {2u, 4u}) {
     for (const size_t rows : {1, 31, 33, 300}) {
