@@ -69,7 +69,7 @@ for path in sorted(glob.glob(directory + "/*.safetensors")):
 )
 TRANSFORMERS = CHILD.format(
     imports="import torch, bitsandbytes, accelerate; from transformers import LlamaForCausalLM as Model",
-    load="state = Model.from_pretrained(directory).dequantize(dtype=torch.bfloat16).state_dict()",
+    load="state = Model.from_pretrained(directory).dequantize().state_dict()",
 )
 Run = dict[str, float]
 GOALS = {"warm": 1.0, "cold": 2.0, "transformers": 5.0}

@@ -3,8 +3,9 @@
     python benchmarks/bench_load_model.py [--workdir DIR] [--repeats N] [--cleanup]
 
 Each load is the first of a process of its own, in turns. The clock runs inside it, after every import that the load
-needs. Two peaks of resident memory are recorded, after the load and after one forward pass over 8 tokens. Both sides
-map the file, and both peaks count the mapped pages that were touched, though all processes share these. The file is in
+needs. Recorded: the peak of resident memory after the load, and what is resident after one forward pass over 8 tokens
+when the heap has given back what was freed (its peak is that of bitsandbytes' temporary layers, and differs from run to
+run). Both sides map the file; the pages of it that were touched count, though all processes share them. The file is in
 the page cache. The models: SmolLM2-135M-Instruct and a random 1.1B Llama, converted on first use; 3 GB of disk.
 """
 
@@ -24,7 +25,7 @@ from common import BenchmarkError, Summary, Usage, goal, qlf_command, record, ru
 
 # Both sides import the same packages before the clock starts, ours those of qlformat as well.
 LOAD = """
-import json, resource, sys, time
+import ctypes, json, os, resource, sys, time
 import accelerate, bitsandbytes, safetensors, torch, transformers
 import transformers.integrations.bitsandbytes, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
@@ -41,16 +42,19 @@ start = time.perf_counter()
 model = load(repository, device_map="cpu")
 seconds = time.perf_counter() - start
 loaded = peak()
-if forward == "forward":
+used = 0
+if forward == "forward" and sys.platform == "linux":
     with torch.inference_mode():
         model(torch.arange(8)[None] + 100)
-print(json.dumps({"seconds": seconds, "before": before, "loaded": loaded, "used": peak()}))
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    used = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+print(json.dumps({"seconds": seconds, "before": before, "loaded": loaded, "used": used}))
 """
 GOAL_RATIO = 2.0
 
 
 def load_once(side: str, repository: Path, forward: bool) -> dict[str, float]:
-    """Seconds of one load, and the peaks before it, after it and after a forward pass where one is wanted, in bytes."""
+    """Seconds of one load, the peaks before and after it, and what is resident after a forward pass; bytes."""
     command = [sys.executable, "-c", LOAD, side, str(repository), "forward" if forward else "-"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -79,7 +83,7 @@ def measure(repository: Path, repeats: int) -> dict[str, Any]:
     for side, found in runs.items():
         summary: Summary = summarize([Usage(run["seconds"], int(run["loaded"])) for run in found])
         more = {key: int(max(run[key] for run in found)) for key in ("before", "used")}
-        figures[side] = {**summary.as_json(), "peak_before": more["before"], "peak_after_forward": more["used"]}
+        figures[side] = {**summary.as_json(), "peak_before": more["before"], "resident_after_forward": more["used"]}
         spread = f"{summary.fastest:.3f} to {summary.slowest:.3f}"
         peaks = f"{summary.peak_rss / 1e6:.0f} MB after the load, {more['used'] / 1e6:.0f} MB after a forward pass"
         before = f"{more['before'] / 1e6:.0f} MB before"

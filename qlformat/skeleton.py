@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+from qlformat import conversions
 from qlformat.errors import QlfError
 
 if TYPE_CHECKING:
@@ -218,9 +218,9 @@ def build(directory: Path, names: Iterable[str], dtype: torch.dtype | None, devi
         quantizer.preprocess_model(
             model=model, dtype=dtype, device_map=placement, checkpoint_files=None, use_kernels=False
         )
-    converted = _converted(model, names)
-    if converted:
-        raise Unfit(f"transformers renames, splits or merges {converted} of {cls.__name__} while loading")
+    changed = conversions.first_converted(model, names)
+    if changed:
+        raise Unfit(f"transformers renames, splits or merges {changed} of {cls.__name__} while loading")
     return Skeleton(model, quantizer, dtype)
 
 
@@ -260,48 +260,3 @@ def _require_known(cls: type[PreTrainedModel]) -> None:
         method = getattr(cls, name, None)
         if method is None or [p for p in inspect.signature(method).parameters if p != "self"] != parameters:
             raise other
-
-
-def _converted(model: PreTrainedModel, names: Iterable[str]) -> str | None:
-    """The first weight that transformers would rename, split, merge or transform while loading."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    if not _may_convert(model):
-        return None
-    transforms = get_model_conversion_mapping(model)
-    for name in names:
-        for transform in transforms:
-            renamed, pattern = transform.rename_source_key(name)
-            if renamed != name or (pattern is not None and hasattr(transform, "operations")):
-                return name
-    return None
-
-
-def _may_convert(model: PreTrainedModel) -> bool:
-    """Whether transformers' table of conversions could have an entry for a part of the model.
-
-    The table costs a third of the time of a load, since it compiles hundreds of patterns when it is first asked. Its
-    keys are string constants of the function that makes it: what is none of these is no key. (Its entries for every
-    model only rename what is no name of the model any more, so they cannot concern names that have a place.)
-    """
-    from transformers import PreTrainedModel as Base
-    from transformers import conversion_mapping as table
-
-    names = {type(part).__name__ for part in model.modules() if isinstance(part, Base)}
-    names |= {part.config.model_type for part in model.modules() if isinstance(part, Base)}
-    maker = getattr(table, "_build_checkpoint_conversion_mapping", None)
-    aliases = getattr(table, "_MODEL_TO_CONVERSION_PATTERN", None)
-    registered = getattr(table, "USER_REGISTERED_MAPPINGS", None)
-    if maker is None or aliases is None or registered is None:
-        return True
-    return bool(names & {*_strings(maker.__code__.co_consts), *aliases, *registered})
-
-
-def _strings(values: Iterable[object]) -> Iterator[str]:
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, tuple | frozenset):
-            yield from _strings(value)
-        elif isinstance(value, CodeType):
-            yield from _strings(value.co_consts)

@@ -158,7 +158,7 @@ class Staging:
             TargetError: it could not be flushed or renamed; `out` is then what it was.
         """
         try:
-            _flush_tree(self.path)
+            flush_tree(self.path)
             _check_existing(self.out, self._overwrite)
             if self.out.exists() and any(self.out.iterdir()):
                 self.out.rename(self._old)
@@ -264,7 +264,8 @@ def _flush(path: Path | str) -> None:
         os.close(handle)
 
 
-def _flush_tree(root: Path) -> None:
+def flush_tree(root: Path) -> None:
+    """Put every file and directory below `root`, and `root`, on the disk."""
     for directory, _, names in os.walk(root, topdown=False):
         for name in names:
             _flush(os.path.join(directory, name))

@@ -196,15 +196,18 @@ class TensorStream:
         sums: tuple[float, float],
     ) -> StoredWeight:
         writer = self._writers[item.shard]
-        sha256 = {item.name: packed_sha256}
-        for name, values in companions.items():
-            data = np.ascontiguousarray(values).data.cast("B")
-            writer.write(name, 0, data)
-            sha256[name] = hashlib.sha256(data).hexdigest()
         text = state.to_json()
-        late = quant_state_name(item.name, state.quant_type)
-        writer.write_late(late, text)
-        sha256[late] = hashlib.sha256(text).hexdigest()
+        sha256 = {}
+        for spec in item.specs:  # whose names are kept, not copies of them: a model has thousands
+            if spec.packed:
+                sha256[spec.name] = packed_sha256
+            elif spec.late:
+                writer.write_late(spec.name, text)
+                sha256[spec.name] = hashlib.sha256(text).hexdigest()
+            else:
+                data = np.ascontiguousarray(companions[spec.name]).data.cast("B")
+                writer.write(spec.name, 0, data)
+                sha256[spec.name] = hashlib.sha256(data).hexdigest()
         return StoredWeight(item.name, sha256, text.decode(), *sums)
 
     def _located(self, item: Item, state: QuantState, block: int) -> SourceError:

@@ -55,6 +55,12 @@ def texts_dir() -> Path:
     return fetched("texts")
 
 
+@pytest.fixture(scope="session")
+def chats_file() -> Path:
+    """4,017 real conversations, one a line, as chat messages. Read only."""
+    return fetched("chitchat") / "chat.jsonl"
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that serves the repositories below tmp_path/hub to the real client of this process."""

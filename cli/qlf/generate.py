@@ -28,8 +28,8 @@ as much memory as the 16-bit model and is several times faster for each token;
 --keep-4bit goes without.
 \b
 Examples:
-  qlf generate my-model-nf4 --prompt 'What is the capital of France?'
-  qlf generate ORG/MODEL --adapter my-adapter --prompt 'Hello!' --temperature 0.7
+  qlf generate my-model-nf4 --prompt Hello
+  qlf generate ORG/MODEL --adapter my-adapter --prompt Hello --temperature 0.7
   cat question.txt | qlf generate my-model-nf4 --prompt - --json
 """
 

@@ -19,6 +19,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "verify": "Check every byte of a checkpoint against the format.",
         "export": "Write a 4-bit checkpoint out as a plain 16- or 32-bit model.",
         "generate": "Answer a prompt with a checkpoint.",
+        "finetune": "Train a LoRA adapter on a 4-bit checkpoint.",
+        "estimate": "Say how much memory fine-tuning a model takes.",
     }
 )
 """Command -> its line in `qlf --help`. Each is the `command` of the module qlf.<name>."""

@@ -65,7 +65,9 @@ def command(path: str, source: str | None, threads: int | None, quiet: bool, as_
     else:
         different = sum(finding.rule == "E5" for finding in findings)
         if different > _FEW:
-            output.line(f"{different} weights differ from {source}: is it the model that this checkpoint was made from?")
+            output.line(
+                f"{different} weights differ from {source}: is it the model that this checkpoint was made from?"
+            )
         _tell(path, findings, notes, took)
     return 1 if findings else 0
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import qlformat
-from qlformat import skeleton
+from qlformat import conversions, skeleton
 from qlformat.adapter import AdapterManifest, BasePin
 from qlformat.layout import Recipe
 from qlformat.loader import load_state_dict
@@ -505,11 +505,11 @@ def test_another_transformers_is_left_to_itself(llama: Path, monkeypatch: pytest
 
 
 def test_no_entry_of_the_table_of_conversions_is_overlooked() -> None:
-    """skeleton._may_convert looks for names among the constants of the function that makes the table."""
+    """conversions.may_convert looks for names among the constants of the function that makes the table."""
     maker = conversion_mapping._build_checkpoint_conversion_mapping
     keys = set(maker()) - {"legacy"}
     assert len(keys) > 100
-    constants = set(skeleton._strings(maker.__code__.co_consts))
+    constants = set(conversions.string_constants(maker.__code__.co_consts))
     assert keys <= constants | set(conversion_mapping._MODEL_TO_CONVERSION_PATTERN)
 
 
