@@ -3,10 +3,11 @@
     python benchmarks/bench_load_model.py [--workdir DIR] [--repeats N] [--cleanup]
 
 Each load is the first of a process of its own, in turns. The clock runs inside it, after every import that the load
-needs. Recorded: the peak of resident memory after the load, and what is resident after one forward pass over 8 tokens
-when the heap has given back what was freed (its peak is that of bitsandbytes' temporary layers, and differs from run to
-run). Both sides map the file; the pages of it that were touched count, though all processes share them. The file is in
-the page cache. The models: SmolLM2-135M-Instruct and a random 1.1B Llama, converted on first use; 3 GB of disk.
+needs. Recorded: the peak of resident memory after the load, and what is resident after one forward pass over 8
+tokens when the heap has given back what was freed (its peak is that of bitsandbytes' temporary layers, and differs
+from run to run). Both sides map the file; the pages of it that were touched count, though all processes share them.
+The file is in the page cache. The models: SmolLM2-135M-Instruct and a random 1.1B Llama, converted on first use; 3
+GB of disk.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def trainer_class() -> Any:
     from transformers import Trainer
     from trl.trainer.sft_trainer import SFTTrainer
 
-    class QlfTrainer(SFTTrainer):
+    class QlfTrainer(SFTTrainer):  # type: ignore[misc] # untyped
         """SFTTrainer for a frozen 4-bit base with LoRA layers."""
 
         def __init__(self, *args: Any, keep: int, **kwargs: Any) -> None:
