@@ -44,7 +44,9 @@ def _gpu(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
 @click.option("--rank", type=_INT, default=16, show_default=True, metavar="N", help="Rank of LoRA.")
 @click.option("--seq-len", type=_INT, default=1024, show_default=True, metavar="N", help="Tokens of a sequence.")
 @click.option("--batch-size", type=_INT, default=1, show_default=True, metavar="N", help="Sequences in one pass.")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default=OPTIMIZERS[0], show_default=True)
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), default=OPTIMIZERS[0], show_default=True, help="Whose state is held."
+)
 @click.option("--gpu", callback=_gpu, metavar="SIZE", help="Say whether it fits, and what to change: 24GB.")
 @options.common
 def command(

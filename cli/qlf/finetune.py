@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from qlformat.finetune.session import FinetuneReport, Prepared
 
 EPILOG = """\b
-BASE is a 4-bit checkpoint: a directory or a Hub repository ORG/MODEL[@revision].
-DATA is JSONL, JSON, CSV or Parquet, or a Hub dataset ORG/NAME[:split]; its
-format is recognised. The loss is that of the assistant's tokens alone.
+BASE is a 4-bit checkpoint: a directory or a Hub repository
+ORG/MODEL[@revision]. DATA is JSONL, JSON, CSV or Parquet, or a Hub dataset
+ORG/NAME[:split]; its format is recognised. The loss is that of the
+assistant's tokens alone.
 \b
 OUT appears when it is complete. Until then the run is in .OUT.qlf-partial
 beside it. After a crash or Ctrl-C, the same command with --resume goes on
