@@ -37,7 +37,8 @@ class CausalModel:
         model_type: of config.json.
         layers, hidden, vocab, context: depth, width of the residual stream, tokens known, tokens at once (or None).
         linears: of one layer; `outer`: outside the layers, without the output embedding.
-        attention, kv: width of the queries, and of the keys.
+        attention, kv: width of the queries, and of the keys; fused: one tensor holds q, k and v before q and k are
+            rotated, and the values keep all of it alive.
         inner: width of the feed-forward part; gated: it has a second branch that is multiplied in.
         rms: norms are computed in float32 (RMSNorm); normed: values that a layer's norms take for a token.
         kept: copies of the inner width that the activation function keeps for its gradient.
@@ -60,6 +61,7 @@ class CausalModel:
     normed: int
     kept: int
     scores: int
+    fused: bool
     embedding: int
     positions: int
     head: int
@@ -168,6 +170,7 @@ class _Fields:
         kept = 4 if (function or _ACTIVATION.get(self.kind)) in _IN_PYTHON else 1
         parts.setdefault("rms", False)
         parts.setdefault("gated", False)
+        parts.setdefault("fused", False)
         return CausalModel(
             self.kind, layers, hidden, vocab, self.context(), kept=kept, others=others,
             scores=self.heads()[1] if self.kind in _EAGER else 0, embedding=vocab * width,
@@ -192,7 +195,7 @@ def _llama_like(
     extra = {"": 0, "head": 2 * width, "whole": query + kv}[qk_norm]
     return fields.model(linears=linears, attention=query, kv=kv, inner=inner, gated=gated, rms=rms, tied=tied,
                         norms=norms * size + extra, final=size,
-                        normed=norms * hidden + (query + kv if qk_norm else 0))  # fmt: skip
+                        normed=norms * hidden + (query + kv if qk_norm else 0), fused=fused)  # fmt: skip
 
 
 def _llama(fields: _Fields) -> CausalModel:
@@ -234,7 +237,7 @@ def _starcoder2(fields: _Fields) -> CausalModel:
 
 def _plain(
     fields: _Fields, names: tuple[str, ...], *, inner: int, biases: tuple[bool, bool, bool], norms: int = 2,
-    kv: int | None = None, fused: bool = True, norm_bias: bool = True, **parts: Any,
+    kv: int | None = None, fused: bool = True, norm_bias: bool = True, rotated: bool = False, **parts: Any,
 ) -> CausalModel:  # fmt: skip
     """GPT-2 and its relatives. names: of qkv (one layer or three), out, up and down; biases: of qkv, out, mlp."""
     hidden = fields.heads()[0]
@@ -244,8 +247,9 @@ def _plain(
     linears = (*first, Linear(names[-3], hidden, hidden, biases[1]), Linear(names[-2], hidden, inner, biases[2]),
                Linear(names[-1], inner, hidden, biases[2]))  # fmt: skip
     size = hidden * (2 if norm_bias else 1)
-    return fields.model(linears=linears, attention=hidden, kv=kv, inner=inner, norms=norms * size,
-                        normed=norms * hidden, final=parts.pop("final", size), **parts)  # fmt: skip
+    return fields.model(linears=linears, attention=hidden, kv=kv, inner=inner, norms=norms * size, fused=rotated,
+                        normed=parts.pop("normed", norms * hidden), final=parts.pop("final", size),
+                        **parts)  # fmt: skip
 
 
 def _gpt2(fields: _Fields) -> CausalModel:
@@ -269,7 +273,10 @@ def _gptj(fields: _Fields) -> CausalModel:
 
 def _gpt_neox(fields: _Fields) -> CausalModel:
     names, bias = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), fields.flag("attention_bias", True)
-    return _plain(fields, names, inner=fields.size("intermediate_size"), biases=(bias, bias, True))
+    hidden, parallel = fields.size("hidden_size"), fields.flag("use_parallel_residual", True)
+    # Two norms, of one and the same input where attention and feed-forward are side by side.
+    return _plain(fields, names, inner=fields.size("intermediate_size"), biases=(bias, bias, True), rotated=True,
+                  normed=hidden if parallel else 2 * hidden)  # fmt: skip
 
 
 def _phi(fields: _Fields) -> CausalModel:
@@ -303,7 +310,8 @@ def _falcon(fields: _Fields) -> CausalModel:
     )
     names = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     return _plain(fields, names, inner=fields.size("ffn_hidden_size", default=4 * hidden), biases=(bias,) * 3,
-                  kv=kv_heads * (hidden // heads), norms=2 if both else 1, tied=True)  # fmt: skip
+                  kv=kv_heads * (hidden // heads), norms=2 if both else 1, tied=True,
+                  rotated=not fields.flag("alibi"))  # fmt: skip
 
 
 def _bloom(fields: _Fields) -> CausalModel:

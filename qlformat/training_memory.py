@@ -187,6 +187,7 @@ def layer_bytes(model: CausalModel, run: Run) -> int:
     size = run.compute_bytes
     norms = (4 if model.rms else size) * model.normed  # transformers' RMSNorm computes in float32
     attention = size * (2 * model.attention + 2 * model.kv)  # q and the output, k and v: flash attention's inputs
+    attention += size * (model.attention + model.kv) if model.fused else 0
     feed_forward = (model.kept + (2 if model.gated else 0)) * size * model.inner
     lora = 0
     for layer in model.linears:

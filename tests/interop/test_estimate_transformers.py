@@ -78,7 +78,7 @@ KEPT: dict[str, tuple[dict[str, Any], float]] = {
     "llama": (SMALL, 0.01), "mistral": (SMALL, 0.01), "qwen2": (SMALL, 0.01),
     "qwen3": ({**SMALL, "head_dim": 64}, 0.01),
     "gemma": ({**SMALL, "head_dim": 64}, 0.01), "gemma3_text": ({**SMALL, "head_dim": 64}, 0.01),
-    "olmo2": (SMALL, 0.01), "stablelm": (SMALL, 0.03), "phi3": (SMALL, 0.07), "gpt_neox": (SMALL, 0.05),
+    "olmo2": (SMALL, 0.01), "stablelm": (SMALL, 0.03), "phi3": (SMALL, 0.01), "gpt_neox": (SMALL, 0.03),
     "gpt2": ({"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 512, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
               "embd_pdrop": 0.0}, 0.03),
 }  # fmt: skip
