@@ -1,23 +1,22 @@
 """The peer of bench_finetune.py: a plain script with transformers' Trainer, peft and bitsandbytes, padded batches.
 
-python benchmarks/finetune_plain.py BASE DATA SEQ_LEN BATCH ACCUM STEPS OUT
+python benchmarks/finetune_plain.py BASE DATA SEQ_LEN BATCH STEPS OUT
 
-DATA holds what `qlf finetune` trains on too: a JSONL file of input_ids and labels.
+DATA holds the rows that `qlf finetune` trains on too, tokenized and masked alike: a JSONL file of input_ids and labels.
+The adapter goes to OUT, the figures to OUT/figures.json. Tokens are those of the rows; padding does not count.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 
 def main() -> None:
-    """Train, and write a JSON file of figures."""
-    base, data, seq_len, batch, accum, steps, out = sys.argv[1:]
+    """Train, and write the adapter and a JSON file of figures."""
+    base, data, seq_len, batch, steps, out = sys.argv[1:]
     import peft
     import torch
     import transformers
@@ -34,28 +33,23 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
     rows = [{name: row[name][: int(seq_len)] for name in ("input_ids", "labels")} for row in rows]
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
-    seen = {"tokens": 0}
-
-    def collate(examples: list[dict[str, Any]]) -> Any:
-        seen["tokens"] += sum(len(example["input_ids"]) for example in examples)
-        return collator(examples)
-
     arguments = transformers.TrainingArguments(
-        output_dir=f"{out}.run", per_device_train_batch_size=int(batch), gradient_accumulation_steps=int(accum),
+        output_dir=f"{out}.run", per_device_train_batch_size=int(batch), gradient_accumulation_steps=1,
         max_steps=int(steps), learning_rate=2e-4, lr_scheduler_type="cosine", warmup_steps=0.03, max_grad_norm=0.3,
         adam_beta2=0.999, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
+        include_num_input_tokens_seen="non_padding",
     )  # fmt: skip
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
+    tokens = int(trainer.state.num_input_tokens_seen)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figures = {"tokens": seen["tokens"], "seconds": seconds, "tokens_per_second": seen["tokens"] / seconds,
-               "losses": losses, "peak_rss": peak}  # fmt: skip
-    Path(out).write_text(json.dumps(figures), encoding="utf-8")
+    model.save_pretrained(out)
+    figures = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "losses": losses}
+    (Path(out) / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlformat import adapter as adapters
+from qlformat import quant_storage as storage
 from qlformat import remote, skeleton
-from qlformat.checkpoint import FLOAT_DTYPES, Checkpoint
+from qlformat.checkpoint import Checkpoint, dtype_name
 from qlformat.errors import QlfError
 from qlformat.mapped import MappedTensors
 from qlformat.skeleton import Skeleton, Unfit
@@ -30,6 +31,7 @@ def load_model(
     device_map: DeviceMap = None,
     dtype: str | torch.dtype | None = None,
     dequantize: bool = False,
+    quant_storage: str | torch.dtype = "uint8",
 ) -> PreTrainedModel | PeftModel:
     """Load a 4-bit checkpoint, of qlformat or of bitsandbytes, as a transformers model in evaluation mode.
 
@@ -45,6 +47,8 @@ def load_model(
         dtype: of what is not quantized: "float32", "float16", "bfloat16" or the torch.dtype. By default each tensor
             keeps its own. What 4-bit layers compute in is `bnb_4bit_compute_dtype` in config.json.
         dequantize: give plain `nn.Linear` layers in `dtype`, by default that of config.json; bitsandbytes is not used.
+        quant_storage: dtype that the packed weights are viewed as: "uint8" as stored, or "bfloat16", "float16",
+            "float32" for FSDP, which shards no integers. The bytes stay the same.
 
     Returns:
         The model; with an adapter, peft's PeftModel around it. `model.qlf_notes` is a tuple of lines that a user
@@ -52,10 +56,13 @@ def load_model(
 
     Raises:
         FormatError: the checkpoint breaks a rule; the adapter's qlf.json does; or a file changed while loading.
-        QlfError: no such repository, model class, device or dtype; or the adapter belongs to another base.
+        QlfError: no such repository, model class, device or dtype; a weight that `quant_storage` does not fit; or the
+            adapter belongs to another base.
     """
-    directory = _base_directory(path_or_repo)
-    wanted = _dtype(dtype)
+    directory = base_directory(path_or_repo)
+    wanted, stored = _dtype(dtype), storage.resolve(quant_storage)
+    if dequantize and stored.is_floating_point:
+        raise QlfError(f"found quant_storage {quant_storage!r} with dequantize, which leaves no packed weights")
     device = _device(device_map)
     notes: list[str] = []
     adapter_directory = None if adapter is None else remote.local_directory(adapter)
@@ -67,6 +74,7 @@ def load_model(
             model = _dense(checkpoint, device, device_map, wanted)
         else:
             model = _four_bit(checkpoint, device, device_map, wanted, notes)
+            storage.view(model, stored)
     if adapter_directory is not None:
         model = _with_adapter(model, adapter_directory)
     for note in notes:
@@ -75,7 +83,12 @@ def load_model(
     return model
 
 
-def _base_directory(path_or_repo: str | Path) -> Path:
+def base_directory(path_or_repo: str | Path) -> Path:
+    """The directory of a base, downloaded if need be.
+
+    Raises:
+        QlfError: there is none, or it is that of an adapter.
+    """
     directory = remote.local_directory(path_or_repo)
     if (directory / adapters.CONFIG_NAME).is_file() and not (directory / "config.json").is_file():
         raise QlfError(f"{path_or_repo}: found an adapter, needed a base; give its base here and it as adapter=")
@@ -87,10 +100,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return None
     import torch
 
-    name = str(dtype).removeprefix("torch.")
-    if name not in FLOAT_DTYPES:
-        raise QlfError(f"dtype {dtype!r} is not supported; use one of {', '.join(FLOAT_DTYPES)}")
-    found: torch.dtype = getattr(torch, name)
+    found: torch.dtype = getattr(torch, dtype_name(dtype))
     return found
 
 
@@ -100,6 +110,8 @@ def _device(device_map: DeviceMap) -> torch.device | None:
 
     value: Any = device_map
     if isinstance(value, dict):
+        if not value:
+            raise QlfError("found an empty device_map, needed a device for each module, or 'cpu', 'cuda' or 'auto'")
         if set(value) != {""}:
             return None
         value = value[""]
@@ -117,6 +129,11 @@ def _device(device_map: DeviceMap) -> torch.device | None:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise QlfError(f"device {str(device)!r} was asked for, found {count} CUDA devices; use 'cpu'")
+    elif device.type != "cpu":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is None or accelerator.type != device.type:
+            here = f"cpu and {accelerator.type}" if accelerator else "cpu"
+            raise QlfError(f"device {str(device)!r} was asked for, found only {here}; use one of them")
     return device
 
 
@@ -133,7 +150,7 @@ def _four_bit(
         return _mapped(checkpoint, device, dtype)
     except Unfit as reason:
         notes.append(f"loaded by transformers' from_pretrained: {reason}")
-        return _by_transformers(checkpoint, device if device is not None else device_map, dtype)
+        return _by_transformers(checkpoint, device if device is not None else device_map, dtype, str(reason))
 
 
 def _mapped(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -166,26 +183,25 @@ def _place_packed(frame: Skeleton, key: str, weight: Weight, stored: MappedTenso
     if not isinstance(module, Linear4bit) or name != "weight":
         raise Unfit(f"{weight.name} is quantized, its place is no 4-bit layer")
     if (module.out_features, module.in_features) != weight.shape:
-        raise Unfit(f"{weight.name} is {list(weight.shape)}, its layer {[module.out_features, module.in_features]}")
+        # transformers compares no shapes of packed weights: it would load them, and compute something else.
+        raise QlfError(
+            f"found shape {list(weight.shape)}, needed {[module.out_features, module.in_features]} for this layer of "
+            f"{type(frame.model).__name__}; config.json is that of another model, fetch both again",
+            tensor=weight.name,
+        )
     parts = stored.companions(weight)
     value = Params4bit.from_prequantized(stored.tensor(weight.name), parts, device=device, module=module)
     module._is_hf_initialized = True
     frame.place(key, value)
 
 
-def _by_transformers(checkpoint: Checkpoint, device_map: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+def _by_transformers(checkpoint: Checkpoint, device_map: Any, dtype: torch.dtype | None, unfit: str) -> PreTrainedModel:
     """The model as from_pretrained loads it; what is not quantized is converted to `dtype` where one is given."""
     from bitsandbytes.nn.modules import Params4bit
 
     cls = skeleton.model_class(skeleton.read_config(checkpoint.path))
     place = device_map if isinstance(device_map, dict | str) else {"": device_map}
-    try:
-        model: PreTrainedModel = cls.from_pretrained(checkpoint.path, device_map=place, dtype=dtype or "auto")
-    except (ValueError, RuntimeError, OSError, ImportError) as error:  # NotImplementedError is a RuntimeError
-        reason = " ".join(str(error).split())[:200]
-        raise QlfError(
-            f"transformers cannot load this {cls.__name__} in 4 bits ({reason}); load it with dequantize=True"
-        ) from error
+    model = _from_pretrained(cls, checkpoint.path, f"in 4 bits ({unfit})", device_map=place, dtype=dtype or "auto")
     if dtype is not None:
         for parameter in model.parameters():
             if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
@@ -206,12 +222,47 @@ def _dense(
     del config.quantization_config
     dtype = dtype or config.dtype or torch.bfloat16
     state = load_state_dict(checkpoint.path, dtype=dtype, device=device or "cpu")
-    # A state_dict has no repository, so transformers looks for no file: generation_config.json is added after.
     place = {"": device} if device is not None else device_map
-    model: PreTrainedModel = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, device_map=place)
+    # A state_dict has no repository, so transformers looks for no file: generation_config.json is added after.
+    model = _from_pretrained(
+        cls, None, "from this checkpoint", config=config, state_dict=state, dtype=dtype, device_map=place,
+        ignore_mismatched_sizes=True,  # they are refused below, with their shapes
+    )  # fmt: skip
     model.config.name_or_path = model.name_or_path = str(checkpoint.path)
     skeleton.attach_generation_config(model, checkpoint.path)
     return model
+
+
+def _from_pretrained(cls: type[PreTrainedModel], path: Path | None, what: str, **options: Any) -> PreTrainedModel:
+    """transformers' from_pretrained, without its progress bar, and with every weight from the checkpoint.
+
+    Raises:
+        QlfError: transformers refuses, or would fill up what the checkpoint lacks with random numbers.
+    """
+    with skeleton.no_progress_bar():
+        try:
+            model, loaded = cls.from_pretrained(path, output_loading_info=True, **options)
+        except (ValueError, RuntimeError, OSError, ImportError) as error:  # NotImplementedError is a RuntimeError
+            reason = " ".join(str(error).split())[:200]
+            raise QlfError(
+                f"transformers cannot load a {cls.__name__} {what}: {reason}; see whether config.json fits the "
+                "weights, or load them with load_state_dict"
+            ) from error
+    for name, stored, needed in sorted(loaded["mismatched_keys"])[:1]:
+        raise QlfError(
+            f"found shape {list(stored)}, needed {list(needed)} for {cls.__name__}; config.json is that of another "
+            "model, fetch both again",
+            tensor=name,
+        )
+    lost = sorted(loaded["missing_keys"])
+    if lost:
+        more = f" and {len(lost) - 1} other weights" if len(lost) > 1 else ""
+        raise QlfError(
+            f"the checkpoint has no {lost[0]}{more}, which {cls.__name__} needs; config.json is that of another "
+            "model, or weights are missing: fetch both again"
+        )
+    found: PreTrainedModel = model
+    return found
 
 
 def _with_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:

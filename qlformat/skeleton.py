@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,6 +237,20 @@ def attach_generation_config(model: PreTrainedModel, directory: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(
             directory, config_file_name="config.json", _from_model_config=True
         )
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars off the terminal: a library prints nothing that was not asked for."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _require_known(cls: type[PreTrainedModel]) -> None:

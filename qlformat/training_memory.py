@@ -9,11 +9,11 @@ an allowance.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlformat.causal_models import CausalModel, describe
+from qlformat.causal_models import CausalModel, Linear, describe
 from qlformat.errors import QlfError, shown
 from qlformat.layout import NESTED_BLOCKSIZE, Recipe
 
@@ -36,6 +36,9 @@ OPTIMIZERS = tuple(_STATE_BYTES)
 
 _TILE_TOKENS, _TILE_VOCAB = 4096, 32768
 """TRL's fused output layer computes the logits in tiles of this size at most."""
+
+_TILES_ON_CPU = 8
+"""float32 tiles that exist at once where TRL has no Triton kernel: one for each step of the softmax's gradient."""
 
 
 _DEFAULT_RECIPE = Recipe()
@@ -95,7 +98,10 @@ class Run:
         recipe: how the base is quantized; None for a base in 16 bits.
         checkpointing: keep only the inputs of the layers, and compute each layer again in the backward pass.
         optimizer: one of OPTIMIZERS.
-        compute_bytes, adapter_bytes: of one activation, and of one LoRA parameter.
+        compute_bytes, adapter_bytes, plain_bytes: of one activation, of one LoRA parameter, and of one weight that
+            is not quantized: where a CPU computes in float32, those are float32 too.
+        on_cpu: the output layer's gradient is made by torch operations, on a GPU by one Triton kernel.
+        target: last parts of the names of the layers to adapt; None for all linear layers.
     """
 
     rank: int = 16
@@ -107,6 +113,9 @@ class Run:
     optimizer: str = "paged_adamw_8bit"
     compute_bytes: int = 2
     adapter_bytes: int = 4
+    plain_bytes: int = 2
+    on_cpu: bool = False
+    target: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank", "seq_len", "batch_size"):
@@ -130,9 +139,9 @@ def finetune_memory(model: CausalModel | Mapping[str, Any], run: Run | None = No
     """
     shape = model if isinstance(model, CausalModel) else describe(model)
     run = replace(run or Run(), **options)
-    trainable = lora_parameters(shape, run.rank)
+    trainable = lora_parameters(shape, run.rank, run.target)
     return Memory(
-        weights=weight_bytes(shape, run.recipe),
+        weights=weight_bytes(shape, run.recipe, run.plain_bytes),
         adapters=trainable * run.adapter_bytes,
         gradients=trainable * run.adapter_bytes,
         optimizer=math.ceil(trainable * _STATE_BYTES[run.optimizer]),
@@ -148,21 +157,27 @@ def full_memory(model: CausalModel) -> int:
     return model.total * FULL_BYTES_PER_PARAM
 
 
-def lora_parameters(model: CausalModel, rank: int) -> int:
-    """r (d + k) for every linear layer [d, k] but the output embedding (paper, section 2)."""
-    return sum(rank * (layer.inputs + layer.outputs) for layer in model.all_linears)
+def lora_parameters(model: CausalModel, rank: int, target: tuple[str, ...] | None = None) -> int:
+    """r (d + k) for every linear layer [d, k] but the output embedding (paper, section 2), or for the named ones."""
+    return sum(rank * (layer.inputs + layer.outputs) for layer in _adapted(model.all_linears, target))
 
 
-def weight_bytes(model: CausalModel, recipe: Recipe | None) -> int:
-    """Bytes of the base: all in 16 bits without a recipe, else each linear layer as spec/format.md stores it."""
+def _adapted(layers: Sequence[Linear], target: tuple[str, ...] | None) -> list[Linear]:
+    """The layers that get a LoRA; all where the names are none that the family is known to have."""
+    names = {name.rpartition(".")[2] for name in target or ()}
+    return [layer for layer in layers if layer.name in names] or list(layers)
+
+
+def weight_bytes(model: CausalModel, recipe: Recipe | None, plain_bytes: int = 2) -> int:
+    """Bytes of the base: linear layers as spec/format.md stores them, the rest (without a recipe, all) unquantized."""
     if recipe is None or not model.quantized:
-        return 2 * model.total
+        return plain_bytes * model.total
     packed = 0
     for layer in model.all_linears:
         blocks = math.ceil(layer.weights / recipe.blocksize)
         scales = blocks + 4 * math.ceil(blocks / NESTED_BLOCKSIZE) + 4 * 256 if recipe.double_quant else 4 * blocks
         packed += math.ceil(layer.weights / 2) + scales + 4 * 16
-    return packed + 2 * (model.total - model.linear)
+    return packed + plain_bytes * (model.total - model.linear)
 
 
 def activation_bytes(model: CausalModel, run: Run) -> int:
@@ -172,7 +187,8 @@ def activation_bytes(model: CausalModel, run: Run) -> int:
     # The last norm and the input of the output layer are kept in either case.
     last = (4 + run.compute_bytes) * model.hidden
     if not run.checkpointing:
-        cast = run.compute_bytes * lora_parameters(model, run.rank) if run.adapter_bytes != run.compute_bytes else 0
+        casts = run.adapter_bytes != run.compute_bytes
+        cast = run.compute_bytes * lora_parameters(model, run.rank, run.target) if casts else 0
         return tokens * (model.layers * whole + last) + cast
     # The backward pass computes one layer at a time again: its activations are there beside the inputs of all.
     return tokens * (model.layers * run.compute_bytes * model.hidden + whole + last)
@@ -190,7 +206,7 @@ def layer_bytes(model: CausalModel, run: Run) -> int:
     attention += size * (model.attention + model.kv) if model.fused else 0
     feed_forward = (model.kept + (2 if model.gated else 0)) * size * model.inner
     lora = 0
-    for layer in model.linears:
+    for layer in _adapted(model.linears, run.target):
         copies = size if run.dropout or run.adapter_bytes != size else 0
         lora += layer.inputs * (copies + (1 if run.dropout else 0)) + size * run.rank
     # Without fused attention: the scores, and their softmax in float32 and in the compute dtype.
@@ -206,7 +222,7 @@ def _workspace_bytes(model: CausalModel, run: Run) -> int:
     # Gradients of the feed-forward part: of its inner width, of what was multiplied, and of its input.
     backward = dequantized + tokens * run.compute_bytes * (3 * model.inner + 2 * model.hidden)
     tile = min(tokens, _TILE_TOKENS) * min(model.vocab, _TILE_VOCAB)
-    logits = tile * (run.compute_bytes + 4) + tokens * model.hidden * 4
+    logits = tile * (4 * _TILES_ON_CPU if run.on_cpu else run.compute_bytes + 4) + tokens * model.hidden * 4
     return max(backward, logits)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import click
 
-from qlf import output
+from qlf import launched, output
 
 _GO_ON: Mapping[str, str] = MappingProxyType(
     {"convert": "run the same command with --resume to go on", "export": "nothing was written; run it again"}
@@ -70,7 +70,8 @@ def guard(action: Callable[[], object], args: Sequence[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        return _report(explain(error), "--json" in known)
+        failure = explain(error)
+        return _report(failure, "--json" in known) if launched.first_to_end() else failure.code
 
 
 def explain(error: BaseException) -> Failure:
@@ -91,8 +92,15 @@ def explain(error: BaseException) -> Failure:
         return Failure(_os_error(error), None, 1)
     if isinstance(error, MemoryError):
         return Failure("not enough memory", None, 1)
+    if isinstance(error, RuntimeError) and _lost_peer(str(error)):
+        return Failure("another process of the run is gone (killed, or out of memory?); go on with --resume", None, 1)
     detail = f"{type(error).__name__}: {error}".strip(": ")
     return Failure(f"unexpected {detail}; this is a bug, please report it with the output of --debug", None, 1)
+
+
+def _lost_peer(text: str) -> bool:
+    """Whether a collective operation failed because a process of the run is gone."""
+    return any(part in text for part in ("gloo/transport", "Connection closed by peer", "NCCL error"))
 
 
 def _os_error(error: OSError) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlf import errors, options, output
+from qlf import errors, launched, options, output
 from qlf.training_progress import training_progress
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ Examples:
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 RECIPES = ("qlora", "guanaco")
-INITS = ("default", "loftq")
+INITS = ("default", "loftq", "pissa")
 COMPUTE = ("auto", "float32", "bfloat16", "float16")
 
 _INT = click.IntRange(min=1)
@@ -73,7 +73,7 @@ def _options(command: Any) -> Any:
         click.option("--optimizer", metavar="NAME", help="[paged_adamw_8bit; CPU: adamw_torch]"),
         click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of everything random.  [0]"),
         click.option("--init", type=click.Choice(INITS), help="How the adapter begins.  [default]"),
-        click.option("--source", type=options.Location(), metavar="FP16", help="The 16-bit model, for --init loftq."),
+        click.option("--source", type=options.Location(), metavar="FP16", help="The 16-bit model, for --init."),
         click.option("--dora", is_flag=True, default=None, help="DoRA: magnitude apart from direction."),
         click.option("--rslora", is_flag=True, default=None, help="Scale by alpha / sqrt(rank)."),
         click.option("--qalora", is_flag=True, default=None, help="QA-LoRA, where peft has it."),
@@ -89,7 +89,7 @@ def _options(command: Any) -> Any:
 @click.command("finetune", context_settings=options.CONTEXT, epilog=EPILOG)
 @click.argument("base", type=options.Location(), required=False)
 @_options
-@options.threads
+@click.option("--threads", type=_INT, metavar="N", help="CPU threads; all by default. Another number rounds otherwise.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @options.overwrite
 @click.option("--dry-run", is_flag=True, help="Show the data, one example and the plan; train nothing.")
@@ -105,10 +105,11 @@ def command(
     quiet: bool,
     as_json: bool,
     **given: Any,
-) -> None:
+) -> int:
     """Train a LoRA adapter for the 4-bit checkpoint BASE."""
     _hush()
     _give_memory_back()
+    launched.end_with_the_others()
     from qlformat.finetune import preview
     from qlformat.finetune.checkpointing import Interrupted
     from qlformat.finetune.trainer import finetune, prepare
@@ -118,14 +119,16 @@ def command(
 
         torch.set_num_threads(threads)
     prepared = prepare({name: value for name, value in given.items() if value is not None}, config)
+    if dry_run and not launched.main_process():
+        return 0
     if dry_run:
         plan = preview.plan(prepared, histogram=Path(f"{out}-lengths.png"))
         if as_json:
             output.emit_json(plan.as_dict())
         else:
             output.lines(plan.lines())
-        return
-    if not as_json and not quiet and not int(os.environ.get("RANK", "0")):
+        return int(prepared.budget.fits is False)
+    if not as_json and not quiet and launched.main_process():
         output.lines(_before(prepared))
     try:
         with training_progress(quiet) as listener, _stoppable() as should_stop:
@@ -134,13 +137,14 @@ def command(
             )
     except Interrupted as stopped:
         raise Paused(stopped.step) from None
-    if int(os.environ.get("RANK", "0")):
-        return
+    if not launched.main_process():
+        return 0
     if as_json:
         output.emit_json(report.as_dict())
-        return
+        return 0
     output.line(f"Wrote {out}", bold=True)
     output.lines(_told(report))
+    return 0
 
 
 class Paused(errors.InterruptedRun):
@@ -182,13 +186,22 @@ def _give_memory_back() -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[Any]:
-    """Whether Ctrl-C or SIGTERM came; the second Ctrl-C ends the process at once."""
+    """Whether Ctrl-C or SIGTERM came; the second Ctrl-C ends the process at once.
+
+    A launcher hands on the Ctrl-C that the terminal sent to everybody, so in a run of several it comes twice; and it
+    sends SIGTERM to the others when one has failed.
+    """
     asked = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and launched.another_ended():
+            raise SystemExit(1)
+        if launched.alone():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            click.echo("qlf: stopping after this pass; Ctrl-C again ends at once", err=True)
+        elif number == signal.SIGINT and launched.main_process() and not asked.is_set():
+            click.echo("qlf: stopping after this pass", err=True)
         asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("qlf: stopping after this pass; Ctrl-C again ends at once", err=True)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

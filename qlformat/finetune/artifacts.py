@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import qlformat
 from qlformat import manifest
 from qlformat.adapter import CONFIG_NAME, AdapterManifest, BasePin
-from qlformat.finetune import checkpointing, metrics
+from qlformat.finetune import checkpointing, fixed_part, metrics
 
 if TYPE_CHECKING:
+    from qlformat.finetune.base import Base
     from qlformat.finetune.session import FinetuneReport, Outcome, Prepared
 
 PACKAGES = (
@@ -23,7 +25,6 @@ PACKAGES = (
     "datasets",
     "numpy",
     "peft",
-    "qlformat",
     "tokenizers",
     "torch",
     "transformers",
@@ -31,19 +32,30 @@ PACKAGES = (
 )
 
 
-def write(work: Path, model: Any, prepared: Prepared, outcome: Outcome, report: FinetuneReport) -> None:
+def write(
+    work: Path,
+    model: Any,
+    prepared: Prepared,
+    outcome: Outcome,
+    report: FinetuneReport,
+    state: dict[str, Any] | None = None,
+) -> None:
     """Turn the working directory into what is published.
 
     Left are adapter_config.json, adapter_model.safetensors, qlf.json, finetune.yaml, metrics.jsonl, loss.png and
-    README.md. Tokenizer and chat template are the base's.
+    README.md. Tokenizer and chat template are the base's. `state` has the trained parameters where those of the model
+    are spread over processes.
     """
-    model.save_pretrained(work)
+    model.save_pretrained(work, state_dict=state)
+    fixed_part.publish(work, model)
     _sort_targets(work / CONFIG_NAME)
     for _, path in checkpointing.checkpoints(work):
         shutil.rmtree(path)
-    for name in (checkpointing.PARTIAL, "runs"):
-        shutil.rmtree(work / name, ignore_errors=True)
-    metrics.draw(metrics.read(work / metrics.FILE_NAME), work / metrics.CURVES, f"LoRA on {prepared.base.name}")
+    shutil.rmtree(work / checkpointing.PARTIAL, ignore_errors=True)
+    if "tensorboard" not in prepared.options.report_to:
+        shutil.rmtree(work / "runs", ignore_errors=True)
+    _share(work)
+    metrics.draw(metrics.read(work / metrics.FILE_NAME), work / metrics.CURVES, f"LoRA on {_title(prepared.base)}")
     fields = _fields(prepared, outcome, report)
     writer = f"qlformat {qlformat.__version__}"
     pin = BasePin(prepared.base.fingerprint, prepared.base.repo_id, prepared.base.revision)
@@ -59,6 +71,19 @@ def _sort_targets(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _share(work: Path) -> None:
+    """Give every file the permissions of a new one; safetensors leaves its files to their owner alone."""
+    mode = (work / checkpointing.OPTIONS_FILE).stat().st_mode & 0o777
+    for path in work.iterdir():
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _title(base: Base) -> str:
+    """The base's name for people; of a local directory, its last part."""
+    return base.repo_id or Path(os.path.realpath(base.name)).name
+
+
 def _fields(prepared: Prepared, outcome: Outcome, report: FinetuneReport) -> dict[str, Any]:
     held_out = prepared.held_out
     return {
@@ -67,6 +92,11 @@ def _fields(prepared: Prepared, outcome: Outcome, report: FinetuneReport) -> dic
         "options": prepared.options.as_dict(),
         "options_from": dict(prepared.sources),
         "seeds": {"seed": prepared.options.seed},
+        "hardware": {
+            "device": prepared.placement.device.partition(":")[0],
+            "processes": prepared.placement.processes,
+            "sequences_per_update": _global_batch(prepared),
+        },
         "data": {
             "train": prepared.train.as_dict(),
             "held_out": None if held_out is None else held_out.as_dict(),
@@ -78,8 +108,16 @@ def _fields(prepared: Prepared, outcome: Outcome, report: FinetuneReport) -> dic
             "eval_loss_at_start": report.eval_start,
             "eval_loss": report.eval_loss,
         },
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": sys.version.split()[0],
+            "qlformat": qlformat.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
     }
+
+
+def _global_batch(prepared: Prepared) -> int:
+    return prepared.options.batch_size * prepared.options.grad_accum * prepared.placement.processes
 
 
 def _version(package: str) -> str | None:
@@ -89,15 +127,27 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _metadata(prepared: Prepared) -> dict[str, Any]:
+    """The card's YAML. The Hub takes repositories alone as base_model: a local base is named by what it was made of."""
+    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    home = prepared.base.repo_id or prepared.base.source
+    if home is not None:
+        head |= {"base_model": home, "base_model_relation": "adapter"}
+    if prepared.train.repo_id is not None:
+        head["datasets"] = [prepared.train.repo_id]
+    return {**head, "tags": ["qlora", "lora", "nf4", "qlformat"]}
+
+
+_FIXED_PART = """
+PiSSA: half of the adapter's ranks were trained, the others take out of the base what those began as."""
+
+
 def _card(prepared: Prepared, report: FinetuneReport) -> str:
     """The model card: how to load it, what it was trained on, how it went."""
     base, options, data = prepared.base, prepared.options, prepared.train
-    head = {
-        "library_name": "peft",
-        "base_model": base.repo_id or base.name,
-        "tags": ["qlora", "lora", "nf4", "qlformat"],
-    }
-    front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())
+    front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in _metadata(prepared).items())
+    title = _title(base)
+    data_name = Path(data.name).name if data.files else data.name
     losses = [f"| training loss at the end | {report.train_loss:.4f} |"] if report.train_loss is not None else []
     if report.eval_loss is not None:
         losses += [f"| held-out loss, before -> after | {report.eval_start:.4f} -> {report.eval_loss:.4f} |"]
@@ -106,15 +156,15 @@ def _card(prepared: Prepared, report: FinetuneReport) -> str:
     return f"""---
 {front}---
 
-# A LoRA adapter for {base.repo_id or base.name}
+# A LoRA adapter for {title}
 
 Trained with `qlf finetune` (QLoRA) on a 4-bit base: {report.trainable:,} parameters,
-{share:.2f} % of the base's {report.params:,}.
+{share:.2f} % of the base's {report.params:,}.{_FIXED_PART if options.init == "pissa" else ""}
 
 ```python
 import transformers, peft
 
-base = transformers.AutoModelForCausalLM.from_pretrained({(base.repo_id or base.name)!r})
+base = transformers.AutoModelForCausalLM.from_pretrained({(base.repo_id or title)!r})
 model = peft.PeftModel.from_pretrained(base, "this directory or repository")
 ```
 
@@ -131,7 +181,7 @@ It belongs to the base with fingerprint `{base.fingerprint}`.
 
 ## Data
 
-{len(data)} rows of {data.name} (format {data.format}), {prepared.stats.tokens:,} tokens, of these
+{len(data)} rows of {data_name} (format {data.format}), {prepared.stats.tokens:,} tokens, of these
 {prepared.stats.trained_tokens:,} trained.
 Rows sha256 `{data.sha256}`.
 

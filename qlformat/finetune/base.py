@@ -25,8 +25,10 @@ class Base:
         fingerprint: of its tensors, computed from their bytes.
         recipe: how it was quantized, as qlf.json says; None for a plain bitsandbytes repository.
         params: weights of the model, 4-bit ones counted as what they stand for.
+        modules: names of the modules with a weight; linears: last parts of the names of the quantized ones.
         context: the longest sequence that the model was made for, or None where config.json does not say.
         repo_id, revision: where it is on the Hub, or None.
+        source: the Hub repository that it was converted from, or None.
     """
 
     name: str
@@ -34,9 +36,12 @@ class Base:
     fingerprint: str
     recipe: dict[str, Any] | None
     params: int
+    modules: frozenset[str]
+    linears: tuple[str, ...]
     context: int | None
     repo_id: str | None
     revision: str | None
+    source: str | None = None
 
 
 def open_base(name: str) -> Base:
@@ -66,13 +71,39 @@ def open_base(name: str) -> Base:
                 "weights were changed; fetch or convert it again (qlf verify says what differs)"
             )
         params = sum(weight.elements for weight in checkpoint.weights.values())
+        modules = {name.removesuffix(".weight"): weight for name, weight in checkpoint.weights.items()}
+        quantized = {name.rpartition(".")[2] for name, weight in modules.items() if weight.quant_state is not None}
+        source = recorded.source.repo_id if recorded is not None else None
     text = config.get("text_config", config)
     repo_id, _, revision = name.partition("@")
     on_hub = not Path(name).exists()
     return Base(
-        name, directory, found, _recipe(directory), params, text.get("max_position_embeddings"),
-        repo_id if on_hub else None, (revision or directory.name) if on_hub else None,
+        name, directory, found, _recipe(directory), params, frozenset(modules), tuple(sorted(quantized)),
+        text.get("max_position_embeddings"), repo_id if on_hub else None,
+        (revision or directory.name) if on_hub else None, source,
     )  # fmt: skip
+
+
+def check_fits(base: Base, seq_len: int, target: str | tuple[str, ...]) -> None:
+    """Raise QlfError when sequences are longer than the model's context, or layers to adapt are not there."""
+    if base.context is not None and seq_len > base.context:
+        raise QlfError(
+            f"seq_len is {seq_len}, the model's context is {base.context}; give --seq-len {base.context} or less"
+        )
+    if isinstance(target, str):
+        return
+    known = {part for name in base.modules for part in _endings(name)}
+    unknown = [name for name in target if name not in known]
+    if unknown:
+        raise QlfError(
+            f"found no layer {', '.join(unknown)} in the model; the linear layers are {', '.join(base.linears)}"
+        )
+
+
+def _endings(name: str) -> list[str]:
+    """a.b.c -> a.b.c, b.c, c."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _recipe(directory: Path) -> dict[str, Any] | None:
@@ -102,21 +133,24 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
-def load_for_training(base: Base, device: torch.device, dtype: torch.dtype) -> Any:
+def load_for_training(base: Base, device: torch.device, dtype: torch.dtype, quant_storage: str = "uint8") -> Any:
     """The base as a frozen transformers model whose 4-bit layers compute in `dtype`.
 
     What is not quantized becomes `dtype` too: a graph with float16 in it fails under bfloat16 autocast on a CPU.
+    `quant_storage` is what the packed weights are viewed as, see load_model.
     """
     import torch
     from bitsandbytes.nn.modules import Linear4bit
 
     from qlformat.model_loader import load_model
 
-    model: Any = load_model(base.directory, device_map=str(device), dtype=dtype)
+    model: Any = load_model(base.directory, device_map=str(device), dtype=dtype, quant_storage=quant_storage)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+            # Where a CPU has AVX512-BF16, an evaluation would pack the weights for a product that has no gradient.
+            module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if device.type == "cpu" and dtype == torch.float32:

@@ -47,6 +47,7 @@ class Stats:
         dropped_rows: rows left out because nothing to train on was left of them after the cut.
         skipped: malformed rows left out while tokenizing.
         notes: what the user should know, in sentences.
+        longest: tokens of the longest sequence.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -60,6 +61,7 @@ class Stats:
     dropped_rows: int
     skipped: list[BadRow] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    longest: int = 0
 
     @property
     def truncated_share(self) -> float:
@@ -77,6 +79,7 @@ class Stats:
         return {
             "seq_len": self.seq_len,
             "sequences": self.sequences,
+            "longest": self.longest,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "lengths": {name: int(np.percentile(self.lengths, q, method="higher")) for name, q in points.items()},
@@ -200,7 +203,7 @@ def tokenize(rows: Rows, tokenizer: Any, seq_len: int, *, packing: bool) -> tupl
     stats = Stats(
         np.array(lengths, np.int64), seq_len, len(groups), sum(len(ids) for ids, _ in kept),
         sum(int((labels != IGNORED).sum()) for _, labels in kept), truncated, lost, cut_rows, dropped, skipped,
-        tuple(sorted(renderer.notes)),
+        tuple(sorted(renderer.notes)), max(sum(len(kept[index][0]) for index in group) for group in groups),
     )  # fmt: skip
     return _dataset(kept, groups, packing), stats
 

@@ -1,11 +1,21 @@
-"""LoftQ: begin with the adapter that makes up for as much of the quantization error as its rank can.
+"""How an adapter begins: from the 16-bit model that the base was made from, layer by layer, on a CPU.
 
-arXiv 2310.08659 alternates between quantizing W - AB and taking the truncated SVD of what is left. Here the base is
-fixed, since others share it, so that the first round is all of it: AB = SVD_r(W - dequantize(base)).
+W is a weight of that model, Q what the base decodes to, r the rank, and SVD_r the best approximation of rank r. Both
+methods as published change the base. Here it stays what everybody has, so that each is what is left of it.
+
+LoftQ (arXiv 2310.08659) alternates between Q = quantize(W - AB) and AB = SVD_r(W - Q). With Q given, the first round
+is all of it: AB = SVD_r(W - Q). peft's `replace_lora_weights_loftq` does the same, on CUDA, and leaves alpha / r out.
+
+PiSSA (arXiv 2404.02948) trains AB, which begins as the principal part P = SVD_r(W), and freezes the rest; QPiSSA
+quantizes that rest, so that the principal part is not rounded. With Q given, the frozen rest is Q - C, where C has
+rank r too: C = SVD_r(Q + P - W), which brings the layer's first Q - C + AB as near to W as any C of that rank. See
+fixed_part.py for what is saved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +24,8 @@ import numpy.typing as npt
 
 from qlformat.checkpoint import Checkpoint
 from qlformat.errors import QlfError
+from qlformat.finetune import fixed_part
+from qlformat.finetune.low_rank import truncated
 from qlformat.reference import to_float32
 from qlformat.source import Source, open_source
 
@@ -22,12 +34,26 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 _DTYPES = {"F32": ("float32", "<f4"), "F16": ("float16", "<f2"), "BF16": ("bfloat16", "<u2")}
-_EXACT = 4096
-"""Up to this size of the smaller side the singular vectors are computed exactly, above by power iteration."""
+
+
+def begin(model: Any, directory: Path, source: str, method: str) -> str:
+    """Set the LoRA weights of `model` by `method`, "loftq" or "pissa"; returns a line for the user.
+
+    Raises:
+        QlfError: as for loftq.
+    """
+    if method == "pissa":
+        share = pissa(model, directory, source)
+        return (
+            f"PiSSA: the adapter begins as the principal part of each weight, with {share:.1%} of the squared "
+            "quantization error made up for; saved as LoRA of twice the rank, which holds what the base keeps frozen"
+        )
+    share = loftq(model, directory, source)
+    return f"LoftQ: the adapter begins with {share:.1%} of the squared quantization error made up for"
 
 
 def loftq(model: Any, directory: Path, source: str) -> float:
-    """Set the LoRA weights of `model` layer by layer, with one decoded layer in memory at a time, on a CPU.
+    """Begin with what makes up for the most of the quantization error. One layer is in memory at a time.
 
     Args:
         model: peft's model, its adapter "default" fresh.
@@ -38,29 +64,72 @@ def loftq(model: Any, directory: Path, source: str) -> float:
         Share of the squared quantization error that the adapter makes up for.
 
     Raises:
-        QlfError: the source lacks a weight of the base or has another shape.
+        QlfError: the source lacks a weight of the base or has another shape; or it does not differ from the base.
     """
     before = after = 0.0
+    for layer in _layers(model, directory, source):
+        error = layer.original - layer.decoded
+        left = error - _set(layer, *truncated(error, layer.rank))
+        before, after = before + _squared(error), after + _squared(left)
+    return _share(before, after, source)
+
+
+def pissa(model: Any, directory: Path, source: str) -> float:
+    """Begin with the principal part of each weight, and take it out of what the base computes.
+
+    Args, Returns, Raises: as for loftq.
+    """
+    before = after = 0.0
+    for layer in _layers(model, directory, source):
+        principal = _set(layer, *truncated(layer.original, layer.rank))
+        surplus = layer.decoded + principal - layer.original
+        left, values, right = truncated(surplus, layer.rank)
+        fixed_part.attach(layer.module, *_factors(layer, left, values, right))
+        before += _squared(layer.original - layer.decoded)
+        after += _squared(surplus - (left * values) @ right)
+    return _share(before, after, source)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """An adapted 4-bit layer, its weight in the source and what the base decodes to, both float32 [out, in]."""
+
+    module: Any
+    original: torch.Tensor
+    decoded: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return int(self.module.r["default"])
+
+
+def _layers(model: Any, directory: Path, source: str) -> Iterator[_Layer]:
+    """The adapted 4-bit layers. Others have no quantization error and begin by default."""
+    import torch
+
+    prefix = f"{getattr(model.get_base_model(), 'base_model_prefix', '')}."
     with Checkpoint(directory) as checkpoint, open_source(source) as original:
-        for name, module in model.named_modules():
+        for path, module in model.named_modules():
             if "default" not in getattr(module, "lora_A", {}):
                 continue
-            weight = f"{name.removeprefix('base_model.model.')}.weight"
-            if weight not in checkpoint.weights or checkpoint.weights[weight].quant_state is None:
+            full = f"{path.removeprefix('base_model.model.')}.weight"
+            names = (full, full.removeprefix(prefix), prefix + full)
+            weight = next((checkpoint.weights[name] for name in names if name in checkpoint.weights), None)
+            if weight is None:
+                raise QlfError(f"{directory}: found no weight for the layer {path}; use --init default")
+            if weight.quant_state is None:
                 continue
-            error = _read(original, weight, source) - checkpoint.dequantize(weight, "float32").astype(np.float32)
-            left = _set(module, error)
-            before += float(np.square(error, dtype=np.float64).sum())
-            after += left
-    if not before:
-        raise QlfError(
-            f"{source}: found no weight that differs from the base, needed the 16-bit model it was made from"
-        )
-    return 1 - after / before
+            values = _read(original, weight.name, source)
+            values = np.ascontiguousarray(values.T) if weight.transposed else values
+            if values.shape != weight.shape:
+                found, needed = list(values.shape), list(weight.shape)
+                raise QlfError(f"{source}: {weight.name} is {found}, in the base {needed}; give the model of the base")
+            decoded = checkpoint.dequantize(weight.name, "float32").astype(np.float32, copy=False)
+            yield _Layer(module, torch.from_numpy(values), torch.from_numpy(decoded))
 
 
 def _read(original: Source, name: str, source: str) -> F32:
-    """A weight of the source as float32 [out, in]."""
+    """A weight of the source as float32, as it is stored there."""
     tensor = original.tensors.get(name)
     if tensor is None or tensor.dtype not in _DTYPES:
         raise QlfError("the source has no such weight; give the 16-bit model of the base", tensor=name, file=source)
@@ -71,36 +140,36 @@ def _read(original: Source, name: str, source: str) -> F32:
     return wide
 
 
-def _set(module: Any, error: F32) -> float:
-    """Give the layer's adapter the best approximation of `error` of its rank; returns the squared error left."""
+def _factors(
+    layer: _Layer, left: torch.Tensor, values: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B [out, rank], of the same size; LoRA's scale times BA is left @ diag(values) @ right."""
+    root = (values / layer.module.scaling["default"]).clamp_min(0).sqrt()
+    return root[:, None] * right, left * root
+
+
+def _set(layer: _Layer, left: torch.Tensor, values: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Let the adapter begin with left @ diag(values) @ right; returns that, [out, in]."""
     import torch
 
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    if error.shape != (b.shape[0], a.shape[1]):
-        raise QlfError(f"the source has a weight of {list(error.shape)}, the base one of {[b.shape[0], a.shape[1]]}")
-    matrix = torch.from_numpy(np.ascontiguousarray(error))
-    left, values, right = _truncated(matrix, a.shape[0])
-    root = (values / module.scaling["default"]).clamp_min(0).sqrt()
+    a, b = _factors(layer, left, values, right)
+    delta = (left * values) @ right
     with torch.no_grad():
-        b.copy_(left * root)
-        a.copy_(root[:, None] * right)
-    return float((matrix.double() - (left * values).double() @ right.double()).square().sum())
+        layer.module.lora_A["default"].weight.copy_(a)
+        layer.module.lora_B["default"].weight.copy_(b)
+        dora = getattr(layer.module, "lora_magnitude_vector", {})
+        if "default" in dora:  # peft took the magnitude of each row from the base alone
+            dora["default"].weight.copy_((layer.decoded + delta).norm(dim=1))
+    return delta
 
 
-def _truncated(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U [out, rank], singular values [rank] in falling order and V [rank, in] of a matrix, float32."""
-    import torch
+def _squared(values: torch.Tensor) -> float:
+    return float(values.double().square().sum())
 
-    if min(matrix.shape) > _EXACT:
-        left, values, right = torch.svd_lowrank(matrix, q=rank, niter=8)
-        return left, values, right.T
-    wide = matrix.shape[0] <= matrix.shape[1]
-    exact = matrix.double() if wide else matrix.double().T
-    _, vectors = torch.linalg.eigh(exact @ exact.T)
-    left = vectors.flip(1)[:, :rank]
-    right = left.T @ exact
-    values = right.norm(dim=1)
-    right = right / values.clamp_min(1e-30)[:, None]
-    if not wide:
-        left, right = right.T, left.T
-    return left.float(), values.float(), right.float()
+
+def _share(before: float, after: float, source: str) -> float:
+    if not before:
+        raise QlfError(
+            f"{source}: found no weight that differs from the base, needed the 16-bit model it was made from"
+        )
+    return 1 - after / before

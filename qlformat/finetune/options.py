@@ -12,7 +12,7 @@ from typing import Any
 from qlformat.errors import QlfError, shown
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-INITS = ("default", "loftq")
+INITS = ("default", "loftq", "pissa")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ALL_LINEAR = "all-linear"
 
@@ -31,7 +31,7 @@ class Options:
         seq_len: tokens of a sequence. packing: put several rows into one, without letting them see each other.
         eval_data, eval_split: held-out rows: a file, or the share of `data` to hold back.
         optimizer: transformers' name, or "auto": paged 8-bit AdamW on CUDA, plain AdamW on a CPU.
-        init, source: how the adapter begins; "loftq" needs the 16-bit model.
+        init, source: how the adapter begins; "loftq" and "pissa" need the 16-bit model.
         dora, rslora, qalora: peft's variants of LoRA.
         beta2, grad_norm, weight_decay: of the optimizer.
         group_by_length: batches of rows of similar length (without packing).
@@ -85,8 +85,12 @@ class Options:
         for found, needed, name in _bounds(self):
             if not found:
                 raise QlfError(f"{name} is {shown(getattr(self, name))}, needed {needed}")
-        if self.init == "loftq" and self.source is None:
-            raise QlfError("init loftq needs the 16-bit model that the base was made from; give --source")
+        if self.init != "default" and self.source is None:
+            raise QlfError(f"init {self.init} needs the 16-bit model that the base was made from; give --source")
+        if self.init == "default" and self.source is not None:
+            raise QlfError("found a source without a use for it; give --init loftq or --init pissa with it")
+        if self.init == "pissa" and self.dora:
+            raise QlfError("found dora with init pissa, whose base is not the stored one; leave one of them out")
         if self.eval_data is not None and self.eval_split:
             raise QlfError("found eval_data and eval_split, needed one of them")
         if self.group_by_length and self.packing:
@@ -143,6 +147,8 @@ def make(values: Mapping[str, Any]) -> Options:
     for name in ("base", "data"):
         if not values.get(name):
             raise QlfError(f"found no {name}, needed one; give it on the command line or in the YAML file")
+    if values.get("init") == "pissa" and values.get("dropout"):
+        raise QlfError("found dropout with init pissa, needed 0: it would drop principal parts of the model")
     return Options(**{name: _typed(name, value) for name, value in values.items()})
 
 
@@ -209,10 +215,11 @@ def _bounds(o: Options) -> list[tuple[bool, str, str]]:
     table += [(getattr(o, name) is None or getattr(o, name) >= 1, "1 or more", name)
               for name in ("max_steps", "eval_steps", "save_steps")]  # fmt: skip
     table += [(math.isfinite(getattr(o, name)) and getattr(o, name) > 0, "a positive number", name)
-              for name in ("alpha", "epochs", "lr")]  # fmt: skip
+              for name in ("alpha", "epochs")]  # fmt: skip
     return [
         *table,
         (o.recipe in RECIPES, f"one of {', '.join(RECIPES)}", "recipe"),
+        (0 < o.lr <= 1000, "a positive number up to 1000", "lr"),
         (0 <= o.dropout < 1, "0 or more and less than 1", "dropout"),
         (0 <= o.warmup < 1, "0 or more and less than 1", "warmup"),
         (0 <= o.eval_split < 1, "0 or more and less than 1", "eval_split"),

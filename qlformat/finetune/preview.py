@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlformat.finetune.formats import FORMATS
+from qlformat.staging import size_text
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from qlformat.finetune.budget import Budget
     from qlformat.finetune.dataset import Example
     from qlformat.finetune.session import Prepared
 
@@ -41,6 +45,8 @@ class Plan:
             "tokenized": dict(self.prepared.stats.as_dict()),
             "options": self.prepared.options.as_dict(),
             "options_from": dict(self.prepared.sources),
+            "memory": self.prepared.budget.as_dict(),
+            "notes": list(self.prepared.notes),
             "example": [{"text": text, "trained": trained} for text, trained in self.example.pieces],
             "histogram": str(self.histogram),
         }
@@ -49,7 +55,10 @@ class Plan:
         """The plan for people; in the example, what is trained stands between >> and <<."""
         data, stats = self.prepared.train, self.prepared.stats
         lengths = stats.as_dict()["lengths"]
-        yield f"data      {len(data)} rows of format {data.format} in {data.name}; {len(data.skipped)} malformed"
+        yield f"data      {len(data)} rows in {data.name}; {len(data.skipped)} malformed"
+        yield f"format    {data.format}: {FORMATS[data.format].title}"
+        if self.prepared.held_out is not None:
+            yield f"held      {len(self.prepared.held_out)} rows for evaluation"
         yield (
             f"tokens    {stats.tokens} in {stats.sequences} sequences of up to {stats.seq_len} (filled to "
             f"{stats.fill:.0%}), {stats.trained_tokens} of them trained"
@@ -57,6 +66,7 @@ class Plan:
         quantiles = f"median {lengths['p50']}, 90 % {lengths['p90']}, longest {lengths['max']}"
         yield f"lengths   {quantiles}; see {self.histogram}"
         yield f"cut       {stats.truncated_share:.1%} of the rows lose {stats.lost_tokens} tokens at their end"
+        yield from _memory(self.prepared.budget)
         yield from (f"note      {note}" for note in self.prepared.notes)
         yield f"example   {self.example.place.file}, {self.example.place.unit} {self.example.place.number}; >>trained<<"
         text = "".join(f">>{text}<<" if trained else text for text, trained in self.example.pieces)
@@ -67,6 +77,20 @@ class Plan:
         for name, value in self.prepared.options.as_dict().items():
             if value not in (None, []):
                 yield f"  {name:16} {value}  ({self.prepared.sources.get(name, 'default')})"
+
+
+def _memory(found: Budget) -> Iterator[str]:
+    """What a process needs, by kind, what there is, and what would help."""
+    if found.memory is None:
+        yield "memory    not estimated"
+        return
+    kinds = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace")
+    parts = ", ".join(f"{kind} {size_text(getattr(found.memory, kind))}" for kind in kinds)
+    yield f"memory    about {size_text(found.memory.total)} in each process, without the libraries' own: {parts}"
+    if found.free is not None:
+        verdict = "enough" if found.fits else "TOO LITTLE"
+        yield f"free      {size_text(found.free.size)} on {found.free.of}: {verdict}"
+    yield from (f"  would do: {text} ({size_text(needed)})" for text, needed in found.changes)
 
 
 def plan(prepared: Prepared, histogram: Path) -> Plan:

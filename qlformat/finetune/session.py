@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlformat.finetune import base, layers
+from qlformat.finetune import base, budget, layers, placement
 from qlformat.finetune.options import Options
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Prepared:
         train, held_out: rows; held_out is None without evaluation.
         datasets: tokenized rows, of the same order; stats say what became of the training rows.
         packed: whether rows share sequences.
+        placement: where this process trains. budget: the memory it needs and has.
         notes: what the user should read.
     """
 
@@ -35,6 +36,8 @@ class Prepared:
     held_out: Rows | None
     datasets: tuple[Any, Any]
     stats: Stats
+    placement: placement.Placement
+    budget: budget.Budget
     notes: tuple[str, ...]
 
 

@@ -160,7 +160,7 @@ def callback_class() -> Any:
 
         def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._tell("training", state)
-            if args.world_size == 1 and self._asked(args):
+            if self._asked(args):
                 raise Stop
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlformat.errors import QlfError
-from qlformat.finetune import artifacts, attention, base, checkpointing, layers, metrics, recipes
+from qlformat.finetune import artifacts, attention, base, budget, checkpointing, layers, metrics, processes
 from qlformat.finetune import options as opts
 from qlformat.finetune.metrics import Listener, TrainingProgress
-from qlformat.finetune.options import Options
+from qlformat.finetune.preparation import prepare
 from qlformat.finetune.session import FinetuneReport, Outcome, Prepared
 from qlformat.staging import Staging
 
 if TYPE_CHECKING:
     import torch
 
-
-def prepare(given: Mapping[str, Any], config: Path | None = None) -> Prepared:
-    """Settle the options, check the base, and read and tokenize the data; nothing is trained or written.
-
-    Args:
-        given: options by name, as the caller set them; they win over the file's and the recipe's.
-        config: a YAML file of options.
-
-    Raises:
-        QlfError: an option, the base or the data cannot be used; or TRL is missing.
-    """
-    _require_trl()
-    in_file = opts.read_yaml(config) if config is not None else {}
-    recipe = given.get("recipe") or in_file.get("recipe") or "qlora"
-    if recipe not in recipes.RECIPES:
-        raise QlfError(f"recipe is {recipe!r}, needed one of {', '.join(recipes.RECIPES)}")
-    opts.make({**in_file, **given})  # what is wrong with the options is said before anything is read
-    found = base.open_base({**in_file, **given}["base"])
-    values, sources = recipes.resolve(recipe, found.params, in_file, given)
-    options = opts.make(values)
-    return _with_data(options, sources, found)
-
-
-def _require_trl() -> None:
-    missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise QlfError(
-            f"found no {' and '.join(missing)}; install what training needs: pip install 'qlformat[finetune]'"
-        )
-
-
-def _with_data(options: Options, sources: Mapping[str, str], found: base.Base) -> Prepared:
-    from qlformat.finetune.dataset import load_rows, tokenize
-
-    if found.context is not None and options.seq_len > found.context:
-        raise QlfError(f"seq_len is {options.seq_len}, the model's context is {found.context}; give a shorter one")
-    rows = load_rows(options.data, skip_bad=options.skip_bad_rows)
-    held_out = None
-    if options.eval_data is not None:
-        held_out = load_rows(options.eval_data, skip_bad=options.skip_bad_rows)
-    elif options.eval_split:
-        rows, held_out = rows.divide(options.eval_split, options.seed)
-    tokenizer = base.load_tokenizer(found)
-    train, stats = tokenize(rows, tokenizer, options.seq_len, packing=options.packing)
-    evaluation = (
-        None if held_out is None else tokenize(held_out, tokenizer, options.seq_len, packing=options.packing)[0]
-    )
-    notes = [*stats.notes]
-    if rows.skipped or stats.skipped:
-        notes.append(f"{len(rows.skipped) + len(stats.skipped)} malformed rows were skipped")
-    if stats.truncated_rows:
-        notes.append(f"{stats.truncated_rows} rows ({stats.truncated_share:.1%}) are longer than {options.seq_len} "
-                     "tokens and lose their end")  # fmt: skip
-    return Prepared(options, sources, found, tokenizer, rows, held_out, (train, evaluation), stats, tuple(notes))
+__all__ = ["FinetuneReport", "finetune", "prepare"]
 
 
 def finetune(
@@ -100,14 +46,17 @@ def finetune(
         should_stop: asked between micro-batches; when true, everything is saved and Interrupted raised.
 
     Raises:
-        QlfError: `out` exists; the options differ from those of the run to resume; the loss is not finite; ...
+        QlfError: `out` exists; there is too little memory; the options differ from those of the run to resume; the
+            loss is not finite; ...
         Interrupted: as `should_stop` asked for.
     """
     target = Path(out)
     main = int(os.environ.get("RANK", "0")) == 0
+    budget.check(prepared.budget)
     checkpoint = checkpointing.check_work(target, resume, overwrite)
     if checkpoint is not None:
         _check_same_run(checkpoint.parent, prepared)
+        processes.check_same(checkpoint, prepared.placement.processes)
     staging: AbstractContextManager[Any] = (
         Staging(target, overwrite=overwrite, resume=checkpoint is not None) if main else nullcontext()
     )
@@ -117,7 +66,12 @@ def finetune(
             text = prepared.options.to_yaml("What was in force. Replay: qlf finetune --config finetune.yaml -o OUT")
             (stage.path / checkpointing.OPTIONS_FILE).write_text(text, encoding="utf-8")
         run = _Run(prepared, checkpointing.work_directory(target), checkpoint, progress, should_stop)
-        outcome = run.train()
+        try:
+            outcome = run.train()
+        except BaseException:
+            if stage is not None:
+                stage.keep = bool(checkpointing.checkpoints(stage.path))  # nothing to go on from is nothing to keep
+            raise
         if stage is not None:
             report = run.finish(target, outcome)
             stage.commit()
@@ -159,6 +113,7 @@ class _Run:
         self._progress, self._should_stop = progress, should_stop
         self._notes = list(prepared.notes)
         self._trainer: Any = None
+        self._state: dict[str, Any] | None = None
 
     def train(self) -> Outcome:
         """Load the base, train, and leave checkpoints in the working directory."""
@@ -170,8 +125,8 @@ class _Run:
         options = self._prepared.options
         self._tell("loading")
         transformers.set_seed(options.seed)
-        device, dtype = self._placement()
-        model = base.load_for_training(self._prepared.base, device, dtype)
+        device, dtype = self._device()
+        model = base.load_for_training(self._prepared.base, device, dtype, processes.storage(dtype))
         tuned = self._adapted(model, device)
         trainable = layers.trainable(tuned)
         main = int(os.environ.get("RANK", "0")) == 0
@@ -190,18 +145,18 @@ class _Run:
             ) from None
         if trainer.state.global_step < trainer.state.max_steps:
             raise checkpointing.Interrupted(trainer.state.global_step, self._work)
+        self._state = processes.whole_state(trainer.model)
         return Outcome(trainer.state.global_step, trainable, watch.rate(), watch.seconds())
 
-    def _placement(self) -> tuple[torch.device, torch.dtype]:
+    def _device(self) -> tuple[torch.device, torch.dtype]:
         import torch
 
-        wanted = self._prepared.options.compute_dtype
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            return device, torch.bfloat16 if wanted == "auto" else getattr(torch, wanted)
-        if wanted == "auto":
-            self._notes.append("on a CPU: float32 compute and plain AdamW (paged 8-bit AdamW and bfloat16 need CUDA)")
-        return torch.device("cpu"), torch.float32 if wanted == "auto" else getattr(torch, wanted)
+        where, options = self._prepared.placement, self._prepared.options
+        if self._prepared.sources.get("optimizer", "").startswith("auto") and where.on_cpu:
+            self._notes.append(
+                f"on a CPU: {options.compute_dtype} compute and plain AdamW (paged 8-bit AdamW needs CUDA)"
+            )
+        return torch.device(where.device), getattr(torch, options.compute_dtype)
 
     def _adapted(self, model: Any, device: torch.device) -> Any:
         options = self._prepared.options
@@ -212,14 +167,12 @@ class _Run:
         tuned = layers.add_lora(model, options, self._prepared.base.name)
         if device.type == "cpu":
             layers.use_fast_dropout(tuned)
-        if options.init == "loftq":
+        if options.init != "default":
             from qlformat.finetune import initialization
 
-            self._tell("loftq")
-            share = initialization.loftq(tuned, self._prepared.base.directory, str(options.source))
-            self._notes.append(
-                f"LoftQ: the adapter begins with {share:.1%} of the squared quantization error made up for"
-            )
+            self._tell(options.init)
+            directory, source = self._prepared.base.directory, str(options.source)
+            self._notes.append(initialization.begin(tuned, directory, source, options.init))
         return tuned
 
     def _make_trainer(self, tuned: Any, device: torch.device, dtype: torch.dtype, watch: Any) -> Any:
@@ -241,6 +194,7 @@ class _Run:
             keep=self._prepared.options.keep,
             callbacks=[watch],
         )
+        processes.keep_precision(trainer.accelerator)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -255,9 +209,6 @@ class _Run:
         )
         tenth = max(1, steps // 10)
         evaluates = self._prepared.held_out is not None
-        optimizer = (
-            o.optimizer if o.optimizer != "auto" else "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
-        )
         # bfloat16 by autocast: the adapter and its optimizer stay float32.
         mixed: dict[str, Any] = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
         try:
@@ -267,7 +218,7 @@ class _Run:
                 per_device_train_batch_size=o.batch_size, per_device_eval_batch_size=o.batch_size,
                 gradient_accumulation_steps=o.grad_accum,
                 learning_rate=o.lr, lr_scheduler_type=o.schedule, warmup_steps=o.warmup,
-                optim=optimizer, adam_beta2=o.beta2, max_grad_norm=o.grad_norm, weight_decay=o.weight_decay,
+                optim=o.optimizer, adam_beta2=o.beta2, max_grad_norm=o.grad_norm, weight_decay=o.weight_decay,
                 gradient_checkpointing=o.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
                 train_sampling_strategy="group_by_length" if o.group_by_length else "random",
                 logging_steps=o.log_steps, logging_nan_inf_filter=False,
@@ -297,7 +248,7 @@ class _Run:
         """Write what is published into the working directory, and remove what is not."""
         self._tell("saving")
         report = self.report(out, outcome)
-        artifacts.write(self._work, self._trainer.model, self._prepared, outcome, report)
+        artifacts.write(self._work, self._trainer.model, self._prepared, outcome, report, self._state)
         return report
 
     def report(self, out: Path, outcome: Outcome) -> FinetuneReport:
