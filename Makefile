@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
-demo: $(STAMP) ## Convert a real model, verify it, and let plain transformers answer with it
+demo: $(STAMP) ## Convert a real model, verify it, let plain transformers answer with it, and fine-tune it
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP) ## Run every test
@@ -43,9 +43,11 @@ format: $(VENV)/.qlformat-lint ## Rewrite the sources in the project's style
 	$(BIN)/ruff format $(PYSOURCES)
 	$(BIN)/clang-format -i $(CXXSOURCES)
 
-bench: $(STAMP) ## Measure against bitsandbytes and transformers; takes 15 minutes and 14 GB of disk
+bench: $(STAMP) ## Measure against bitsandbytes and transformers; takes 25 minutes and 14 GB of disk
 	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_startup.py
+	$(BIN)/python benchmarks/bench_load.py --cleanup
+	$(BIN)/python benchmarks/bench_load_model.py --cleanup
 	$(BIN)/python benchmarks/bench_convert.py --cleanup
 
 OUT ?= gpu-check.json

@@ -38,6 +38,19 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 _CASTABLE = (*FLOAT_DTYPES, "float64")
 
 
+def dtype_name(dtype: object) -> str:
+    """The torch name of a dtype to decode to, given as a name, a torch.dtype or one of NumPy's.
+
+    Raises:
+        QlfError: it is none of FLOAT_DTYPES.
+    """
+    known = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
+    name = np.dtype(dtype).name if known else str(dtype).removeprefix("torch.")  # type: ignore[call-overload]
+    if name not in FLOAT_DTYPES:
+        raise QlfError(f"dtype {dtype!r} is not supported; use one of {', '.join(FLOAT_DTYPES)}")
+    return str(name)
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint: one with qlf.json, or a plain 4-bit repository written by bitsandbytes.
 
@@ -66,6 +79,18 @@ class Checkpoint(StoredCheckpoint):
     def __getitem__(self, name: str) -> LazyWeight:
         """The weight of this name, to be decoded whole or in rows; QlfError when there is none."""
         return LazyWeight(self, self.weight(name))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a weight of this name."""
+        return name in self.weights
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the weights."""
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        """Number of weights."""
+        return len(self.weights)
 
     def tensor_sha256(self, name: str) -> str:
         """Hexadecimal sha256 of the bytes of a stored tensor."""
@@ -200,9 +225,8 @@ class Checkpoint(StoredCheckpoint):
 
     def decoded_dtype(self, weight: Weight, dtype: str | None) -> str:
         """The torch name of what `decode` gives for this weight when `dtype` is asked for."""
-        if dtype is not None and dtype not in FLOAT_DTYPES:
-            raise QlfError(f"dtype {dtype!r} is not supported; use one of {', '.join(FLOAT_DTYPES)}")
-        return dtype if dtype is not None and weight.dtype in _CASTABLE else weight.dtype
+        wanted = None if dtype is None else dtype_name(dtype)
+        return wanted if wanted is not None and weight.dtype in _CASTABLE else weight.dtype
 
     def check_scales(self, values: F32, rule: str, tensor: str) -> None:
         """Refuse scales of a stored tensor that are not finite or negative: FormatError with this rule."""

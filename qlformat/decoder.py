@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlformat import codec, native
+from qlformat import codec, free_memory, native
 from qlformat.casting import cast_into
 from qlformat.checkpoint import NUMPY_DTYPES, U8, AnyArray, Checkpoint
 from qlformat.errors import QlfError
@@ -45,8 +46,14 @@ def chosen_weights(checkpoint: Checkpoint, names: Iterable[str] | None) -> list[
         close = get_close_matches(unknown[0], checkpoint.weights, n=_SHOWN_NAMES, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"there are {len(checkpoint.weights)} others"
         more = f" (and {len(unknown) - 1} more names)" if len(unknown) > 1 else ""
+        if _is_tied_head(checkpoint, unknown[0]):
+            hint = "this model's output embedding is tied: the input embedding is stored for both"
         raise QlfError(f"{checkpoint.path}: found no weight named {unknown[0]!r}{more}; {hint}")
     return [weight for name, weight in checkpoint.weights.items() if name in wanted]
+
+
+def _is_tied_head(checkpoint: Checkpoint, name: str) -> bool:
+    return name.endswith("lm_head.weight") and checkpoint.config.get("tie_word_embeddings", True) is True
 
 
 def decoded_bytes(checkpoint: Checkpoint, weights: Iterable[Weight], dtype: str | None) -> int:
@@ -64,6 +71,41 @@ def out_of_memory(
         "load fewer with names=, use a smaller dtype, or keep the model in 4 bits",
         tensor=weight.name,
     )
+
+
+def require_memory(checkpoint: Checkpoint, weights: Iterable[Weight], dtype: str | None) -> None:
+    """Refuse to begin what cannot end: a system that overcommits memory would kill the process half way.
+
+    Raises:
+        QlfError: the decoded weights are larger than what the machine, or the control group, has left with its swap.
+    """
+    free, needed = free_memory.on_host(), decoded_bytes(checkpoint, weights, dtype)
+    if free is not None and needed > free.size + _free_swap():
+        raise QlfError(
+            f"out of memory on cpu: the weights need {needed} bytes, {free.of} has {free.size} left; load fewer with "
+            "names=, use a smaller dtype, or keep the model in 4 bits"
+        )
+
+
+def _free_swap() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapFree:"))
+
+
+def thread_count(threads: int | None) -> int:
+    """How many threads to use: those asked for, or all processors of this process.
+
+    Raises:
+        QlfError: not a positive whole number.
+    """
+    if threads is None:
+        return native.default_threads()
+    if not isinstance(threads, int) or threads < 1:
+        raise QlfError(f"found threads={threads!r}, needed a whole number of at least 1, or None for all processors")
+    return threads
 
 
 def model_shape(weight: Weight) -> tuple[int, ...]:
@@ -90,6 +132,7 @@ def decode_weights(
         FormatError: T4 or D1, a scale is negative or not finite; S5, a file changed while it was read. The outputs then
             hold anything.
     """
+    count = thread_count(threads)
     stop = threading.Event()
     touch = FirstTouch()
     pieces: list[_Piece] = []
@@ -107,7 +150,7 @@ def decode_weights(
 
     for piece in pieces[:_PIECES_AHEAD]:
         piece.prefetch()
-    with ThreadPoolExecutor(threads or native.default_threads(), thread_name_prefix="qlf") as pool:
+    with ThreadPoolExecutor(count, thread_name_prefix="qlf") as pool:
         futures = [pool.submit(run, index) for index in range(len(pieces))]
         try:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from qlformat import native, ops
+from qlformat import ops
 from qlformat.checkpoint import Checkpoint
-from qlformat.decoder import out_of_memory
+from qlformat.decoder import out_of_memory, thread_count
 from qlformat.errors import QlfError
 from qlformat.weights import Weight
 
@@ -127,7 +127,7 @@ class Pipeline:
         self._checkpoint = checkpoint
         self._lanes = lanes
         self._dtype = dtype
-        self._readers = min(threads or native.default_threads(), _READERS)
+        self._readers = min(thread_count(threads), _READERS)
         self._staging_bytes = staging_bytes
         self._loaded: dict[str, torch.Tensor] = {}
         self._current: Weight | None = None

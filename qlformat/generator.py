@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlformat import remote
+from qlformat import free_memory
 from qlformat.checkpoint import NUMPY_DTYPES, Checkpoint
 from qlformat.errors import QlfError
-from qlformat.model_loader import load_model
+from qlformat.model_loader import base_directory, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +105,10 @@ class Generator:
         keep_4bit: bool = False,
     ) -> None:
         start = time.perf_counter()
-        directory = remote.local_directory(base)
-        self.tokenizer = _tokenizer(directory)
+        directory = base_directory(base)
+        # Opens the checkpoint, so what is wrong with it is said before anything about its tokenizer.
         self.four_bit, note = _stays_packed(directory, dtype, device, keep_4bit)
+        self.tokenizer = _tokenizer(directory)
         if self.four_bit and dtype is None and _on_cpu(device):
             # In another dtype than the layers compute in, every layer converts its input and output: 3 times slower.
             dtype = _compute_dtype(directory)
@@ -217,9 +218,9 @@ def _stays_packed(directory: Path, dtype: str | None, device: str | None, keep_4
     On a GPU yes. On a CPU bitsandbytes decodes a layer anew for each token (SmolLM2 on two cores without AVX-512: 5
     tokens/s, dequantized 22), so the weights are dequantized once, where there is memory.
     """
-    if keep_4bit or not _on_cpu(device):
-        return True, None
     with Checkpoint(directory) as checkpoint:
+        if keep_4bit or not _on_cpu(device):
+            return True, None
         named = dtype or checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16"
         itemsize = NUMPY_DTYPES[named].itemsize if named in NUMPY_DTYPES else 2
         needed = sum(math.prod(weight.shape) for weight in checkpoint.weights.values()) * itemsize
@@ -240,12 +241,8 @@ def _on_cpu(device: str | None) -> bool:
 
 def _available_memory() -> int | None:
     """Bytes that can be allocated without swapping; None where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    rows = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else None
+    free = free_memory.on_host()
+    return free.size if free else None
 
 
 def _compute_dtype(directory: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from types import EllipsisType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,8 @@ class LazyWeight:
         self.transposed = weight.transposed
         self.quantized = weight.quant_state is not None
 
-    def astype(self, dtype: str | None) -> LazyWeight:
-        """The same weight, decoded to "float32", "float16" or "bfloat16"; None: its own dtype."""
+    def astype(self, dtype: Any) -> LazyWeight:
+        """The same weight, decoded to "float32", "float16" or "bfloat16" or torch's of these; None: its own dtype."""
         return LazyWeight(self._decoder, self._weight, dtype)
 
     def __len__(self) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlformat import remote
-from qlformat.checkpoint import FLOAT_DTYPES, NUMPY_DTYPES, AnyArray, Checkpoint
-from qlformat.decoder import chosen_weights, decode_weights, model_shape, out_of_memory
+from qlformat.checkpoint import NUMPY_DTYPES, U8, AnyArray, Checkpoint, dtype_name
+from qlformat.decoder import chosen_weights, decode_weights, model_shape, out_of_memory, require_memory, thread_count
 from qlformat.errors import QlfError
 from qlformat.weights import Weight
 
@@ -46,20 +46,20 @@ def load_state_dict(
         QlfError: no such repository, name, dtype or device; or out of memory, with what is needed. Nothing stays
             allocated.
     """
-    kind = _dtype_name(dtype)
+    kind = None if dtype is None else dtype_name(dtype)
+    count = thread_count(threads)
     target = _device(device)
     with Checkpoint(remote.local_directory(path_or_repo)) as checkpoint:
         weights = chosen_weights(checkpoint, names)
         if target.type != "cpu":
             from qlformat.device_loader import load_to_device
 
-            return load_to_device(checkpoint, weights, kind, target, threads)
-        return _on_cpu(checkpoint, weights, kind, threads)
+            return load_to_device(checkpoint, weights, kind, target, count)
+        require_memory(checkpoint, weights, kind)
+        return _on_cpu(checkpoint, weights, kind, count)
 
 
-def _on_cpu(
-    checkpoint: Checkpoint, weights: list[Weight], dtype: str | None, threads: int | None
-) -> dict[str, torch.Tensor]:
+def _on_cpu(checkpoint: Checkpoint, weights: list[Weight], dtype: str | None, threads: int) -> dict[str, torch.Tensor]:
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
@@ -67,25 +67,22 @@ def _on_cpu(
     for weight in weights:
         kind = checkpoint.decoded_dtype(weight, dtype)
         try:
-            tensor = torch.empty(model_shape(weight), dtype=getattr(torch, kind))
+            tensors[weight.name] = torch.empty(model_shape(weight), dtype=getattr(torch, kind))
         except RuntimeError:  # torch has no class of its own for this on the CPU
             tensors.clear()  # and not when the caller lets go of the error
             views.clear()
             raise out_of_memory(checkpoint, weight, weights, dtype) from None
-        tensors[weight.name] = tensor
-        flat = tensor.reshape(-1).view(torch.uint8).numpy()  # through bytes: NumPy has no bfloat16
-        views[weight.name] = flat.view(NUMPY_DTYPES[kind]).reshape(tensor.shape)
+        views[weight.name] = _array(tensors[weight.name]).view(NUMPY_DTYPES[kind]).reshape(model_shape(weight))
     decode_weights(checkpoint, views, dtype, threads)
     return tensors
 
 
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in FLOAT_DTYPES:
-        raise QlfError(f"dtype {dtype!r} is not supported; use one of {', '.join(FLOAT_DTYPES)}")
-    return name
+def _array(tensor: torch.Tensor) -> U8:
+    """The memory of a tensor as bytes: NumPy has no bfloat16."""
+    import torch
+
+    found: U8 = tensor.reshape(-1).view(torch.uint8).numpy()
+    return found
 
 
 def _device(device: str | int | torch.device) -> torch.device:

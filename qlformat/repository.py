@@ -118,7 +118,8 @@ def read_file(directory: Path, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
     path = resolve_file(directory, name)
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # No more than it has: read() gets memory for all that it is asked for, which can be scarce.
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise _unreadable(name, error) from None
     if len(data) > limit:

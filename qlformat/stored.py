@@ -58,6 +58,7 @@ class StoredCheckpoint:
         self.weights: dict[str, Weight] = {}
         self.nested_maps: dict[str, F32] = {}
         self._report = report
+        self._closed = False
         try:
             self._open()
         except BaseException:
@@ -93,6 +94,7 @@ class StoredCheckpoint:
 
     def close(self) -> None:
         """Close every file; reading afterwards is an error."""
+        self._closed = True
         for reader in self.shards.values():
             reader.close()
 
@@ -105,6 +107,8 @@ class StoredCheckpoint:
         self.close()
 
     def _shard_of(self, name: str) -> ShardReader:
+        if self._closed:
+            raise QlfError(f"{self.path}: the checkpoint is closed; read inside of its with block", tensor=name)
         stored = self.tensors.get(name)
         if stored is None:
             raise QlfError("the checkpoint has no such stored tensor", tensor=name)

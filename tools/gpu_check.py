@@ -32,6 +32,9 @@ PACKAGES = (
     "numpy",
 )
 
+TESTS = ("tests/gpu", "tests/ops", "tests/unit/test_loader_device.py")
+"""What holds tests marked gpu, and what needs no more packages than they do."""
+
 
 def versions() -> dict[str, str]:
     """Versions of the packages that are installed."""
@@ -73,11 +76,11 @@ def output(*command: str) -> str:
 
 
 def run_tests(native: dict[str, str]) -> dict[str, Any]:
-    """tests/gpu, and the tests of the same kernels on the CPU: outcome and seconds of each."""
+    """Every test marked gpu, and those of the same kernels on the CPU: outcome and seconds of each."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-        done = subprocess.run([*command, "tests/gpu", "tests/ops"], cwd=ROOT, env=environment() | native, check=False)
+        done = subprocess.run([*command, *TESTS], cwd=ROOT, env=environment() | native, check=False)
         if not report.is_file():
             return {"exit_status": done.returncode, "passed": 0, "failed": 1, "tests": {}}
         tests = {}

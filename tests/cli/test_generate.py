@@ -152,6 +152,10 @@ def test_what_cannot_be_loaded(qlf: Run, stories: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(stories, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
     assert "found no tokenizer that loads" in qlf("generate", copy, "--prompt", "x").error
     assert "found no directory" in qlf("generate", tmp_path / "nothing", "--prompt", "x").error
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "found an adapter, needed a base" in qlf("generate", tmp_path / "adapter", "--prompt", "x").error
+    assert "found a file" in qlf("generate", stories / "model.safetensors", "--prompt", "x").error
     result = qlf("generate", stories, "--prompt", "x", "--device", "cuda:99")
     assert result.code == 1 and "device 'cuda:99' was asked for" in result.error
 

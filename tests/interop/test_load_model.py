@@ -444,6 +444,9 @@ def test_tensors_that_start_anywhere_are_copied(llama: Path) -> None:
         ({"device_map": "cuda:99"}, "device 'cuda:99' was asked for, found"),
         ({"device_map": "gpu"}, "device 'gpu' is unknown"),
         ({"device_map": {"": "nonsense"}}, "device 'nonsense' is unknown"),
+        ({"device_map": {}}, "found an empty device_map"),
+        ({"device_map": "meta"}, "device 'meta' was asked for, found only cpu"),
+        ({"device_map": "xpu:3"}, "device 'xpu:3' was asked for, found only cpu"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported"),
         ({"dtype": torch.float64}, "dtype torch.float64 is not supported"),
     ],
@@ -469,6 +472,38 @@ def test_a_model_that_transformers_does_not_know(llama: Path) -> None:
         with pytest.raises(qlformat.QlfError, match="trust_remote_code=True") as caught:
             qlformat.load_model(llama)
         assert "\n" not in str(caught.value)
+
+
+def reconfigured(llama: Path, **changes: Any) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_layer_that_the_checkpoint_lacks(llama: Path, dequantize: bool) -> None:
+    """transformers would fill it with random numbers."""
+    reconfigured(llama, num_hidden_layers=3)
+    with pytest.raises(qlformat.QlfError, match=r"the checkpoint has no model\.layers\.2\.") as caught:
+        qlformat.load_model(llama, dequantize=dequantize)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_layers_of_another_size(llama: Path, dequantize: bool) -> None:
+    """transformers compares no shapes of packed weights, and computed something with them."""
+    reconfigured(llama, intermediate_size=128)
+    with pytest.raises(qlformat.QlfError, match="config") as caught:
+        qlformat.load_model(llama, dequantize=dequantize)
+    assert "\n" not in str(caught.value)
+    assert caught.value.tensor == "model.layers.0.mlp.down_proj.weight"
+    assert "found shape [64, 96], needed [64, 128]" in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dequantize": True}, {"device_map": "balanced"}])
+def test_nothing_is_printed(llama: Path, capfd: pytest.CaptureFixture[str], arguments: dict[str, Any]) -> None:
+    qlformat.load_model(llama, **arguments)
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

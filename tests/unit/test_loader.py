@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 import torch
 
 import qlformat
+import qlformat.numpy
 from qlformat import decoder, reference
 from qlformat.checkpoint import NUMPY_DTYPES, Checkpoint, cast, open_checkpoint
 from qlformat.errors import FormatError, QlfError
+from qlformat.free_memory import FreeMemory
 from qlformat.layout import Recipe
 from tests import builders
 from tests.builders import Tensor, build_checkpoint, make_checkpoint
@@ -162,6 +166,15 @@ def test_chosen_names(tmp_path: Path) -> None:
         qlformat.load_state_dict(tmp_path, names=[f"{ODD}.absmax"])
 
 
+def test_the_name_of_a_tied_output_embedding(tmp_path: Path) -> None:
+    built = make_checkpoint(manifest=False)
+    for tied, text in ((True, "the input embedding is stored for both"), (False, "others|did you mean")):
+        built.config["tie_word_embeddings"] = tied
+        built.write(tmp_path / str(tied))
+        with pytest.raises(QlfError, match=text):
+            qlformat.load_state_dict(tmp_path / str(tied), names=["lm_head.weight"])
+
+
 def test_a_repository_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     build_checkpoint(hub.root / "org" / "model", shards=2)
     found = qlformat.load_state_dict("org/model@v1")
@@ -287,6 +300,9 @@ def test_other_mistakes(tmp_path: Path) -> None:
         qlformat.load_state_dict(tmp_path / "out", dtype="int8")
     with pytest.raises(QlfError, match=r"torch\.float64 is not supported"):
         qlformat.load_state_dict(tmp_path / "out", dtype=torch.float64)
+    for threads in (0, -1, 1.5):
+        with pytest.raises(QlfError, match=f"found threads={threads}, needed a whole number of at least 1"):
+            qlformat.load_state_dict(tmp_path / "out", threads=threads)  # type: ignore[arg-type]
     with pytest.raises(QlfError, match="needed the directory of a checkpoint"):
         qlformat.load_state_dict(tmp_path / "out" / "config.json")
     with pytest.raises(QlfError, match="found no directory"):
@@ -311,3 +327,58 @@ def test_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.tensor == ODD
     assert f"out of memory on cpu: {4 * 131 * 151} bytes" in str(caught.value)
     assert f"all of them need {total}" in str(caught.value)
+
+
+def test_more_than_the_machine_has_left_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system that overcommits would hand out the memory and end the process when it is used."""
+    build_checkpoint(tmp_path, quantized=QUANTIZED, plain=PLAIN)
+    total = 4 * (70 * 301 + 131 * 151 + 7 + 40 * 24 + 24 + 1)
+    left = FreeMemory(total - 1, "this machine")
+    monkeypatch.setattr("qlformat.free_memory.on_host", lambda: left)
+    monkeypatch.setattr(decoder, "_free_swap", lambda: 0)
+    for load in (qlformat.load_state_dict, qlformat.numpy.load_state_dict):
+        with pytest.raises(QlfError, match=f"need {total} bytes, this machine has {total - 1} left"):
+            load(tmp_path, dtype="float32")
+    monkeypatch.setattr(decoder, "_free_swap", lambda: 1)
+    assert set(qlformat.load_state_dict(tmp_path, dtype="float32")) == {*QUANTIZED, *PLAIN}
+
+
+SHORT_OF_MEMORY = """
+import gc, resource, sys
+from pathlib import Path
+import torch, qlformat, qlformat.loader, qlformat.numpy
+path, load = sys.argv[1], {"torch": qlformat.load_state_dict, "numpy": qlformat.numpy.load_state_dict}[sys.argv[2]]
+mapped = lambda: int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+load(path, names=["model.small.weight"])
+before = mapped()
+resource.setrlimit(resource.RLIMIT_AS, (before + (200 << 20),) * 2)
+try:
+    load(path, dtype="float32")
+except qlformat.QlfError as error:
+    held = error
+print(held)
+print(mapped() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux'")
+@pytest.mark.parametrize("path", ["torch", "numpy"])
+def test_a_process_that_really_runs_out_of_memory(tmp_path: Path, path: str) -> None:
+    """Half way: several weights fit, not all. The error is held while the memory is counted."""
+    built = make_checkpoint(quantized={WEIGHT: (4096, 64)}, plain={"model.small.weight": (8,)}, manifest=False)
+    large = [f"model.large.{number}.weight" for number in range(8)]
+    built.tensors |= dict.fromkeys(large, Tensor("BF16", (4096, 2048), bytes(4096 * 2048 * 2)))
+    built.placement |= dict.fromkeys(large, builders.SINGLE)
+    built.write(tmp_path)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path), path],
+        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    message, growth = done.stdout.splitlines()
+    assert "out of memory on cpu: 33554432 bytes for this weight" in message
+    assert f"all of them need {8 * 33554432 + 4 * (4096 * 64 + 8)}" in message
+    assert int(growth) < 16 << 20

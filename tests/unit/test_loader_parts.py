@@ -174,6 +174,17 @@ def test_rows_that_cannot_be_had(tmp_path: Path) -> None:
             weight.astype("int8")
 
 
+def test_a_checkpoint_is_a_collection_of_its_weights(tmp_path: Path) -> None:
+    build_checkpoint(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert NAME in checkpoint and f"{NAME}.absmax" not in checkpoint
+        assert list(checkpoint) == list(checkpoint.weights) and len(checkpoint) == len(checkpoint.weights)
+        weight = checkpoint[NAME]
+        assert weight.astype(torch.float32)[0].tobytes() == weight.astype("float32")[0].tobytes()
+    with pytest.raises(QlfError, match="the checkpoint is closed"):
+        weight[0]
+
+
 def test_rows_read_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage and reads elsewhere do not matter: 64 rows of 4,096 read 2 % of the packed bytes, not all."""
     shape = (4096, 64)

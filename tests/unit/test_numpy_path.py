@@ -44,6 +44,15 @@ def test_bfloat16_bits_are_the_upper_half_of_a_float32(tmp_path: Path) -> None:
         assert np.array_equal(checkpoint[NAME][2:5], bits[2:5])
 
 
+def test_numpys_own_dtypes(tmp_path: Path) -> None:
+    build_checkpoint(tmp_path)
+    needed = plain.load_state_dict(tmp_path, "float16", names=[NAME])[NAME]
+    for dtype in (np.float16, np.dtype("float16"), torch.float16):
+        assert np.array_equal(plain.load_state_dict(tmp_path, dtype, names=[NAME])[NAME], needed)  # type: ignore[arg-type]
+    with pytest.raises(QlfError, match="float64'> is not supported"):
+        plain.load_state_dict(tmp_path, np.float64)
+
+
 def test_mistakes(tmp_path: Path) -> None:
     build_checkpoint(tmp_path)
     with pytest.raises(QlfError, match="'float64' is not supported"):
