@@ -169,19 +169,21 @@ def _hush() -> None:
 
 
 def _give_memory_back() -> None:
-    """Let glibc return large blocks to the system when they are freed.
+    """Let glibc return large blocks to the system when they are freed; call it before torch is imported.
 
     By default it keeps blocks of up to 32 MiB, and training frees thousands of activations of other sizes than the
-    next ones: the peak of a 135M model on a CPU was 5.6 GB so, and 2.1 GB with one arena that is trimmed. The peak with
-    the thresholds set here is not measured yet.
+    next ones. One step over 1024 tokens of a 135M model in float32 on two cores: 3.2 GB and 77 tokens/s by default,
+    2.0 GB and 72 with these settings, 1.8 GB and 50 with a threshold of 1 MiB and without huge pages: fresh memory
+    costs page faults.
     """
     import ctypes
 
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_mmap_threshold, m_arena_max = -3, -8
-        libc.mallopt(m_mmap_threshold, 1 << 20)
-        libc.mallopt(m_arena_max, 1)
+        libc.mallopt(m_mmap_threshold, 8 << 20)
+        libc.mallopt(m_arena_max, 2)
 
 
 @contextmanager
