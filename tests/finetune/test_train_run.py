@@ -299,20 +299,3 @@ def test_trl_has_the_switch_that_scores_trained_tokens_alone() -> None:
 
     sft.trainer_class()
     assert utils._use_triton(torch.device("cpu")) is True
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_loss_of_one(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
-    train(tiny_base, chats, tmp_path / "one", dropout=0.0, grad_accum=4, max_steps=2)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "cli"), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", "-m", "qlf", "finetune", str(tiny_base), "--data", str(chats), "--no-packing",
-        "-o", str(tmp_path / "two"), "--dropout=0", "--grad-accum=2", "--max-steps=2", "--seq-len=128", "--rank=4",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (metrics.read(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("one", "two"))
-    assert one == pytest.approx(two, abs=1e-4)
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
