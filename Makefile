@@ -48,6 +48,7 @@ bench: $(STAMP) ## Measure against bitsandbytes and transformers; takes 25 minut
 	$(BIN)/python benchmarks/bench_startup.py
 	$(BIN)/python benchmarks/bench_load.py --cleanup
 	$(BIN)/python benchmarks/bench_load_model.py --cleanup
+	$(BIN)/python benchmarks/bench_merge.py
 	$(BIN)/python benchmarks/bench_convert.py --cleanup
 
 OUT ?= gpu-check.json

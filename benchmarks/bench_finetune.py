@@ -5,10 +5,11 @@
 SmolLM2-135M-Instruct in NF4 on the first chitchat conversations: rank 16 on all linear layers, rows cut to 512 tokens,
 one batch in an update, float32, gradient checkpointing, AdamW, the same schedule. Ours packs rows into 3 sequences of
 512 for a batch; the script pads 4 rows, in random order, which hold about as many tokens. So both learn from the same
-number of tokens in the same number of updates, or one more. Tokens are those of the rows, prompts included and padding not; the rate is that of the training
-loop, without imports and load. The peak is that of the whole process. One process at a time; the two sides read the
-same rows, tokenized and masked alike. The held-out loss of both adapters comes from one plain transformers + peft
-process. First both train one update on the same 4 rows: their first losses must agree. Takes 10 minutes on 2 cores.
+number of tokens in the same number of updates, or one more. Tokens are those of the rows, prompts included and padding
+not; the rate is that of the training loop, without imports and load. The peak is that of the whole process. One process
+at a time; the two sides read the same rows, tokenized and masked alike. The held-out loss of both adapters comes from
+one plain transformers + peft process. First both train one update on the same 4 rows: their first losses must agree.
+Takes 10 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def measure(base: Path, workdir: Path, updates: int) -> dict[str, Any]:
     return {
         **sides, "ratio": round(ratio, 3), "held_out_loss_before": losses[0], "held_out_worse": round(worse, 5),
         "first_loss": [side["losses"][0] for side in first], "first_loss_apart": off, "gpu": "not measured",
-        "seq_len": SEQ_LEN, "batch": BATCH, "packed_batch": PACKED_BATCH, "trained_rows": TRAIN_ROWS, "held_out_rows": HELD_OUT_ROWS,
+        "seq_len": SEQ_LEN, "batch": BATCH, "packed_batch": PACKED_BATCH,
+        "trained_rows": TRAIN_ROWS, "held_out_rows": HELD_OUT_ROWS,
     }  # fmt: skip
 
 

@@ -17,12 +17,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlformat import __version__
+from qlformat.calibration.settings import CalibrationSettings
 from qlformat.errors import FormatError, SourceError, TargetError
 from qlformat.hashing import FileHasher, hash_file
 from qlformat.journal import FILE_NAME as JOURNAL_NAME
@@ -37,7 +38,10 @@ from qlformat.repository import index_name
 from qlformat.shards import TORCH_NAMES, ShardWriter
 from qlformat.source import Source, open_source
 from qlformat.staging import LOCK_NAME, Staging, require_space
-from qlformat.tensor_stream import Stopped, TensorStream
+from qlformat.tensor_stream import Rounded, Stopped, TensorStream
+
+if TYPE_CHECKING:
+    from qlformat.calibration.engine import Calibration
 
 EXPERT_REASON = "fused-experts"
 """Reason of selection.py for experts, stacked or stored one by one."""
@@ -100,6 +104,8 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     hash_source: bool = False,
+    calibration: str | Path | None = None,
+    calibration_settings: CalibrationSettings | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Quantize a model and write a checkpoint that transformers, vLLM and bitsandbytes load.
@@ -115,6 +121,9 @@ def convert(
         overwrite: replace a model that is at `out`.
         hash_source: record the sha256 of the source's files, which takes about as long as all the rest. Files in the
             Hub cache carry theirs in their name, so these are recorded always.
+        calibration: a UTF-8 text, or a directory of texts: codes and scales are chosen by what they do to the outputs
+            of the layers on it, which takes minutes rather than seconds (docs/calibration.md). The format is the same.
+        calibration_settings: how, the defaults when None.
         progress: called from the workers, under a lock.
 
     Raises:
@@ -124,12 +133,16 @@ def convert(
     started = time.monotonic()
     with open_source(src) as source:
         plan = make_plan(source, recipe or Recipe(), skip, shard_size)
+        calibrated = None
+        if calibration is not None:
+            calibrated = _calibration(source, plan, Path(calibration), calibration_settings or CalibrationSettings())
         target = Path(out)
-        finished = _finished(plan, target) if resume else None
+        record = asdict(calibrated.record) if calibrated else None
+        finished = _finished(plan, target, record) if resume else None
         replace = overwrite or finished is not None
         with Staging(target, overwrite=replace, resume=resume, source=source.directory) as staging:
             staging.keep = staging.resumed
-            run = _Run(source, plan, staging, hash_source, progress)
+            run = _Run(source, plan, staging, hash_source, progress, calibrated)
             staging.keep = True
             try:
                 manifest = run.execute(threads or len(os.sched_getaffinity(0)))
@@ -160,11 +173,12 @@ class _Run:
         staging: Staging,
         hash_source: bool,
         progress: Callable[[Progress], None] | None,
+        calibrated: Calibration | None = None,
     ) -> None:
         self.source = source
         self.plan = plan
         self.directory = staging.path
-        self.journal = Journal(staging.path, plan.key(source))
+        self.journal = Journal(staging.path, _journal_key(source, plan, calibrated))
         if not self.journal.done:  # what is resumed has its space already
             require_space(staging.path, plan.output_bytes + _MARGIN_BYTES)
         self._meter = ProgressMeter(progress, len(plan.items), sum(item.tensor.nbytes for item in plan.items))
@@ -176,6 +190,7 @@ class _Run:
         ]
         self._stream = TensorStream(staging.path, self._writers, self._meter)
         self._lock = threading.Lock()
+        self._calibrated = calibrated
         self._pending = Counter(item.shard for item in plan.items)
         self._stored: dict[str, StoredWeight] = {}
         self._shard_files: dict[int, FileEntry] = {}
@@ -183,6 +198,7 @@ class _Run:
     def execute(self, threads: int) -> Manifest:
         """Write every file of the checkpoint into the staging directory, qlf.json last."""
         try:
+            self._run_calibration()
             self._run_workers(threads)
         finally:
             self._close()
@@ -204,8 +220,20 @@ class _Run:
         for writer in self._writers:
             writer.close()
 
+    def _run_calibration(self) -> None:
+        """Store the weights of the decoder layers as they come; --resume computes them again, and writes the rest."""
+        if self._calibrated is None:
+            return
+        items = {item.name: item for item in self.plan.items}
+        self._meter.enter("calibrating")
+        for rounded in self._calibrated.run():
+            self._convert(items[rounded.name], rounded)
+        self._meter.enter("converting")
+
     def _run_workers(self, threads: int) -> None:
-        tasks: list[Callable[[], None]] = [partial(self._convert, item) for item in self.plan.items]
+        tasks: list[Callable[[], None]] = [
+            partial(self._convert, item) for item in self.plan.items if item.name not in self._stored
+        ]
         tasks += [partial(self._finish_source, name) for name in self._hashers]
         with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
             futures = [pool.submit(task) for task in tasks]
@@ -220,10 +248,10 @@ class _Run:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _convert(self, item: Item) -> None:
+    def _convert(self, item: Item, rounded: Rounded | None = None) -> None:
         stored = self.journal.done.get(item.name)
         if stored is None or not self._stream.is_intact(item, stored):
-            stored = self._stream.write(item)
+            stored = self._stream.write(item, rounded)
             self.journal.add(stored)
         if item.tensor.file in self._hashers:
             self._hashers[item.tensor.file].advance(item.tensor.reader.end_position(item.tensor.info))
@@ -276,6 +304,7 @@ class _Run:
             tensors=tuple(tensors),
             weights=tuple(_weight_entry(item, self._stored[item.name]) for item in items),
             files=tuple(files),
+            calibration=asdict(self._calibrated.record) if self._calibrated else None,
             fingerprint=fingerprint((t.name, t.dtype, t.shape, t.sha256) for t in tensors),
         )
 
@@ -287,6 +316,22 @@ class _Run:
             TensorEntry(spec.name, spec.dtype, late if spec.late else spec.shape, shard, stored.sha256[spec.name])
             for spec in item.specs
         ]
+
+
+def _calibration(source: Source, plan: Plan, text: Path, settings: CalibrationSettings) -> Calibration:
+    from qlformat.calibration.engine import Calibration, source_tensors  # they lead to torch and transformers
+    from qlformat.calibration.texts import read_texts, windows
+
+    texts = read_texts(text)
+    states = {item.name: item.state for item in plan.items if item.state}
+    context = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    chosen = windows(texts, source.directory, context, settings)
+    return Calibration(source.directory, source.tensors, states, source_tensors(source), chosen, texts.sha256, settings)
+
+
+def _journal_key(source: Source, plan: Plan, calibrated: Calibration | None) -> str:
+    key = plan.key(source)
+    return key if calibrated is None else f"{key} {json.dumps(asdict(calibrated.record))}"
 
 
 def _weight_entry(item: Item, stored: StoredWeight) -> WeightEntry:
@@ -311,7 +356,7 @@ def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _finished(plan: Plan, out: Path) -> bytes | None:
+def _finished(plan: Plan, out: Path, calibration: dict[str, Any] | None) -> bytes | None:
     """qlf.json at `out` when it may be the result of this very conversion, interrupted after its last rename."""
     try:
         data = (out / MANIFEST_NAME).read_bytes()
@@ -319,7 +364,7 @@ def _finished(plan: Plan, out: Path) -> bytes | None:
     except (OSError, FormatError):
         return None
     same = (manifest.recipe, manifest.skip, manifest.writer) == (plan.recipe, plan.skip, f"qlformat {__version__}")
-    return data if same else None
+    return data if same and manifest.calibration == calibration else None
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -359,8 +404,13 @@ def _report(source: Source, plan: Plan, manifest: Manifest, out: Path, started: 
         quantized_params=params,
         bits_per_weight=8 * stored / params,
         unquantized=dict(unquantized.most_common()),
-        notes=(*_expert_note(unquantized, total), *plan.selection.notes, *source.notes),
+        notes=(*_calibration_note(manifest), *_expert_note(unquantized, total), *plan.selection.notes, *source.notes),
     )
+
+
+def _calibration_note(manifest: Manifest) -> list[str]:
+    used = manifest.calibration
+    return [f"calibrated on {used['samples']} windows of {used['window']} tokens"] if used else []
 
 
 def _expert_note(unquantized: Mapping[str, int], total: int) -> list[str]:

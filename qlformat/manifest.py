@@ -78,7 +78,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of qlf.json for a base checkpoint."""
+    """Content of qlf.json for a base checkpoint; `calibration` is how codes were chosen, None for plain rounding."""
 
     writer: str
     source: Source
@@ -90,12 +90,15 @@ class Manifest:
     fingerprint: str
     format_version: int = FORMAT_VERSION
     must_understand: tuple[str, ...] = field(default=())
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> bytes:
         """The bytes of qlf.json: deterministic, no timestamps, one entry a line."""
         recipe = asdict(self.recipe)
         recipe["nested_blocksize"] = NESTED_BLOCKSIZE if self.recipe.double_quant else None
         recipe["skip"] = list(self.skip)
+        if self.calibration is not None:
+            recipe["calibration"] = self.calibration
         head = {
             "format_version": self.format_version,
             "kind": "base",
@@ -165,6 +168,7 @@ def parse(data: bytes) -> Manifest:
     if root.get("kind") != "base":
         raise _bad("M1", f"found kind {shown(root.get('kind'))}, needed 'base'")
     recipe, skip = _recipe(_object(root, "recipe"))
+    calibration = _object(root["recipe"], "calibration") if "calibration" in root["recipe"] else None
     manifest = Manifest(
         writer=_text(root, "writer"),
         source=_source(_object(root, "source")),
@@ -175,6 +179,7 @@ def parse(data: bytes) -> Manifest:
         files=_files(root),
         fingerprint=_digest(root, "fingerprint"),
         must_understand=keys,
+        calibration=calibration,
     )
     _digest(root, "self_sha256")  # whether it is right is for a verifier to say (rule M6)
     _check_unique([entry.name for entry in manifest.tensors], "tensors")

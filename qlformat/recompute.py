@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from qlformat import codec
+from qlformat import codec, reference
 from qlformat.checkpoint import CHUNK_ELEMENTS, NUMPY_DTYPES, Checkpoint
 from qlformat.codebook import DYNAMIC8, DYNAMIC8_THRESHOLDS
 from qlformat.errors import FormatError, SourceError
@@ -51,6 +51,7 @@ class SourceComparison:
         self._foreign = not checkpoint.has_manifest
         recorded = checkpoint.manifest.weights if checkpoint.manifest else ()
         self._recorded = {entry.name: entry for entry in recorded}
+        self._calibrated = checkpoint.manifest is not None and checkpoint.manifest.calibration is not None
         self._stop = threading.Event()
         self.bytes_total = sum(tensor.nbytes for tensor in source.tensors.values())
 
@@ -58,6 +59,9 @@ class SourceComparison:
         """Pieces of work for any thread; they give up when `stop` is set."""
         self._stop = stop
         found: list[Callable[[], None]] = []
+        if self._calibrated:
+            message = "its codes were chosen with a calibration text: compared by their error figures only"
+            self._report(FormatError(message, rule="E5", file=FILE_NAME), "note")
         if self._checkpoint.manifest is not None:
             found += self._file_tasks(self._checkpoint.manifest.source.files)
         for name, weight in self._checkpoint.weights.items():
@@ -101,6 +105,8 @@ class SourceComparison:
             self._bad(message, weight.name, self._lesser())
         elif weight.quant_state is None:
             self._compare_plain(weight, tensor)
+        elif self._calibrated:
+            self._compare_calibrated(weight, weight.quant_state, tensor)
         else:
             self._compare_quantized(weight, weight.quant_state, tensor)
 
@@ -114,6 +120,19 @@ class SourceComparison:
             if not np.array_equal(data, self._checkpoint.read_part(weight.name, offset, size)):
                 self._bad("its bytes differ from those of the source", weight.name)
                 return
+
+    def _compare_calibrated(self, weight: Weight, state: QuantState, tensor: SourceTensor) -> None:
+        """The error figures alone: codes chosen with a calibration text cannot be had from the source."""
+        sums = (0.0, 0.0)
+        for start, values in self._chunks(weight, state, tensor):
+            if self._stop.is_set():
+                return
+            first, last = start // state.blocksize, -(-(start + values.size) // state.blocksize)
+            packed = self._checkpoint.read_part(weight.name, start // 2, -(-values.size // 2))
+            wide = reference.to_float32(values, state.dtype)
+            moments = reference.block_moments(wide, packed.view(np.uint8), state.quant_type, state.blocksize)
+            sums = codec.squared_error(self._checkpoint.absmax(weight, first, last), moments, sums)
+        self._compare_error(weight, state, sums)
 
     def _compare_quantized(self, weight: Weight, state: QuantState, tensor: SourceTensor) -> None:
         absmax = np.empty(state.blocks, dtype=np.float32)

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from qlformat import codec
+from qlformat import codec, reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8
 from qlformat.errors import SourceError
 from qlformat.journal import StoredWeight
@@ -41,6 +41,18 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 }
 
 
+class Rounded(Protocol):
+    """A weight whose codes and scales are chosen."""
+
+    @property
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """Codes, uint8 [ceil(n/2)]."""
+
+    @property
+    def absmax(self) -> F32:
+        """Scales before double quantization, float32 [blocks]."""
+
+
 class Stopped(Exception):
     """Another worker failed; this one gives up."""
 
@@ -60,13 +72,16 @@ class TensorStream:
         self._scratch_files: list[IO[bytes]] = []
         self.stop = threading.Event()
 
-    def write(self, item: Item) -> StoredWeight:
+    def write(self, item: Item, rounded: Rounded | None = None) -> StoredWeight:
         """Store one weight.
+
+        Args:
+            rounded: its codes and absmax, when they are chosen already.
 
         Raises:
             SourceError: rule E1, NaN or infinity in a weight to be quantized.
         """
-        return self._copy(item) if item.state is None else self._quantize(item, item.state)
+        return self._copy(item) if item.state is None else self._quantize(item, item.state, rounded)
 
     def release_buffers(self) -> None:
         """Let go of the calling worker's buffers; they are made again when they are needed."""
@@ -112,9 +127,13 @@ class TensorStream:
         self._meter.add(0, 1)
         return StoredWeight(item.name, {item.name: digest.hexdigest()})
 
-    def _quantize(self, item: Item, state: QuantState) -> StoredWeight:
-        absmax = np.empty(state.blocks, dtype=np.float32)
-        packed_sha256 = self._pack(item, state, absmax)
+    def _quantize(self, item: Item, state: QuantState, rounded: Rounded | None) -> StoredWeight:
+        if rounded is None:
+            absmax = np.empty(state.blocks, dtype=np.float32)
+            packed_sha256 = self._pack(item, state, absmax)
+        else:
+            absmax = rounded.absmax
+            packed_sha256 = self._put(item, state, rounded.packed)
         companions: dict[str, npt.NDArray[Any]] = {
             f"{item.name}.absmax": absmax,
             f"{item.name}.quant_map": CODEBOOKS[state.quant_type].values,
@@ -154,6 +173,27 @@ class TensorStream:
             self._writers[item.shard].write(item.name, start // 2, out.data)
             digest.update(out.data)
             self._meter.add(values.nbytes)
+        self._meter.add(0, 1)
+        return digest.hexdigest()
+
+    def _put(self, item: Item, state: QuantState, packed: npt.NDArray[np.uint8]) -> str:
+        """Write codes that are chosen already, keeping their moments; returns the sha256 of the packed bytes."""
+        digest = hashlib.sha256()
+        whole = self._transposed(item, state) if item.transpose else None
+        for start in range(0, state.elements, CHUNK_ELEMENTS):
+            self._check_stop()
+            count = min(CHUNK_ELEMENTS, state.elements - start)
+            values = self._read(item, state, start, count) if whole is None else whole[start : start + count]
+            first = start // state.blocksize
+            moments = self._moments(state, slice(first, first + -(-count // state.blocksize)))
+            part = packed[start // 2 : start // 2 + -(-count // 2)]
+            values = reference.to_float32(values, state.dtype)
+            moments[...] = reference.block_moments(values, part, state.quant_type, state.blocksize)
+            if state.blocks > _BLOCKS_IN_MEMORY:
+                os.pwrite(self._scratch(), moments.data, first * _MOMENTS_BYTES)
+            self._writers[item.shard].write(item.name, start // 2, part.data)
+            digest.update(part.data)
+            self._meter.add(count * _NUMPY[state.dtype].itemsize)
         self._meter.add(0, 1)
         return digest.hexdigest()
 

@@ -86,7 +86,14 @@ LEVELS = (
     {"lazy", "ops", "quality.inputs", "source", "stored"},
     {"checkpoint", "consistency", "mapped", "plan", "remote"},
     {"adapter", "casting", "estimate", "quality.sides", "recompute", "skeleton", "tensor_stream"},
-    {"calibration.activations", "decoder", "finetune.fixed_part", "merge.adapter_files", "merge.base", "quality.comparison"},
+    {
+        "calibration.activations",
+        "decoder",
+        "finetune.fixed_part",
+        "merge.adapter_files",
+        "merge.base",
+        "quality.comparison",
+    },
     {
         "calibration.engine",
         "device_loader",
@@ -99,7 +106,7 @@ LEVELS = (
         "numpy",
         "quality.picture",
     },
-    {"merge.figures"},
+    {"merge.compatibility", "merge.figures"},
     {"merge.run"},
     {"converter", "exporter", "loader", "summary", "verifier"},  # the verbs: none imports another
     {"model_loader"},

@@ -1,4 +1,4 @@
-"""The demo: a real model becomes a verified 4-bit checkpoint that plain transformers loads. `make demo` runs it.
+"""The demo: a real model becomes a verified 4-bit checkpoint, and learns from conversations. `make demo` runs it.
 
 Every step is a command that a user would type; each is printed before it runs.
 """
@@ -17,6 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "demo"
 CHECKPOINT = OUT / "SmolLM2-135M-Instruct-nf4"
 PICTURE = OUT / "quantization-error.png"
+ADAPTER = OUT / "chitchat-adapter"
+CHATS, HELD_OUT = OUT / "chats.jsonl", OUT / "held-out.jsonl"
+TRAINED_ON, HELD = 400, 8
+"""Conversations: many more than the updates read, and as many as an evaluation reads in seconds."""
+QUESTION = "Hi! What did you do this weekend?"
 QLF = Path(sys.executable).with_name("qlf")
 
 # Attention in blues and greens, MLP in warm colours.
@@ -35,8 +40,11 @@ class StepError(RuntimeError):
     """A step of the demo failed; what it printed is already on the screen."""
 
 
-def shown(path: Path) -> str:
-    """A path as a person in the repository's root would type it."""
+def shown(word: str | Path) -> str:
+    """A word of a command as a person in the repository's root would type it."""
+    if isinstance(word, str):
+        return shlex.quote(word)
+    path = word
     if path.is_relative_to(ROOT):
         return shlex.quote(str(path.relative_to(ROOT)))
     home = Path.home()
@@ -45,16 +53,16 @@ def shown(path: Path) -> str:
 
 def step(title: str, program: str, *args: str | Path) -> None:
     """Print a step's title and its command line, and run it in the repository's root."""
-    print(f"\n{title}\n$", program, *(shown(arg) if isinstance(arg, Path) else arg for arg in args), flush=True)
+    print(f"\n{title}\n$" if title else "$", program, *map(shown, args), flush=True)
     command = [str(QLF)] if program == "qlf" else [sys.executable]
     words = [arg.relative_to(ROOT) if isinstance(arg, Path) and arg.is_relative_to(ROOT) else arg for arg in args]
     if subprocess.run([*command, *map(str, words)], check=False, cwd=ROOT).returncode:
         raise StepError(title)
 
 
-def fetch_model() -> Path:
-    """The float16 repository, fetched on first use."""
-    command = [sys.executable, str(ROOT / "tools" / "fetch_models.py"), "smollm2"]
+def fetch(name: str) -> Path:
+    """A model or data set of tools/fetch_models.py, fetched on first use."""
+    command = [sys.executable, str(ROOT / "tools" / "fetch_models.py"), name]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
@@ -62,8 +70,32 @@ def fetch_model() -> Path:
             if line.startswith(("fetching", "building", " ")):
                 print(line, end="", flush=True)
     if process.returncode:
-        raise StepError("fetching the model")
+        raise StepError(f"fetching {name}")
     return Path(lines[-1])
+
+
+def share_out(chats: Path) -> None:
+    """Put the first conversations into one file, to train on, and the last into another, never trained on."""
+    lines = chats.read_text(encoding="utf-8").splitlines(keepends=True)
+    CHATS.write_text("".join(lines[:TRAINED_ON]), encoding="utf-8")
+    HELD_OUT.write_text("".join(lines[-HELD:]), encoding="utf-8")
+
+
+def learn() -> None:
+    """Fine-tune on conversations of people, and ask the same question without and with what was learnt."""
+    share_out(fetch("chitchat") / "chat.jsonl")
+    step("5. Fine-tune it: a LoRA adapter on the 4-bit weights, from conversations of people", "qlf", "finetune",
+         CHECKPOINT, "--data", CHATS, "--eval-data", HELD_OUT, "-o", ADAPTER, "--max-steps", "24", "--eval-steps", "6",
+         "--save-steps", "24", "--seq-len", "512", "--grad-accum", "1", "--lr", "5e-4", "--overwrite")  # fmt: skip
+    limit = ("--max-new-tokens", "40")
+    step("6. Ask the base, then the base with its adapter", "qlf", "generate", CHECKPOINT, "--prompt", QUESTION, *limit)
+    step("", "qlf", "generate", CHECKPOINT, "--adapter", ADAPTER, "--prompt", QUESTION, *limit)
+
+
+def held_out_losses() -> tuple[float, float]:
+    """The held-out loss before and after the fine-tuning, from the adapter's qlf.json."""
+    result = json.loads((ADAPTER / "qlf.json").read_bytes())["result"]
+    return result["eval_loss_at_start"], result["eval_loss"]
 
 
 def inspect() -> dict[str, Any]:
@@ -118,22 +150,24 @@ def draw(errors: dict[str, dict[int, float]], title: str) -> None:
 
 def main() -> int:
     """Run the demo; 1 when a step failed."""
-    print("qlformat demo: a float16 model becomes an NF4 + double-quantized checkpoint", flush=True)
+    print("qlformat demo: a float16 model becomes an NF4 + double-quantized checkpoint and is fine-tuned", flush=True)
     if not QLF.is_file():
         print(f"error: {QLF} is not there; run `make demo`, which installs it", file=sys.stderr)
         return 1
     OUT.mkdir(parents=True, exist_ok=True)
     try:
-        source = fetch_model()
+        source = fetch("smollm2")
         step("1. Convert", "qlf", "convert", source, CHECKPOINT, "--overwrite")
         step("2. Look at it: reads headers only", "qlf", "inspect", CHECKPOINT)
         step("3. Verify it, and quantize the source again to compare every byte", "qlf", "verify", CHECKPOINT,
              "--source", source)  # fmt: skip
         step("4. Use it: plain transformers, in a process that never imports qlformat", "python",
              ROOT / "tools" / "demo_plain_transformers.py", CHECKPOINT)  # fmt: skip
+        learn()
     except StepError as error:
         print(f"error: the demo stopped at: {error}", file=sys.stderr)
         return 1
+    begin, end = held_out_losses()
     summary = inspect()
     before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     draw(errors_by_projection(summary["tensors"]), "SmolLM2-135M-Instruct in NF4 + double quantization, every layer")
@@ -141,6 +175,11 @@ def main() -> int:
     print(f"  weights   {before / 1e6:.1f} MB -> {summary['stored_bytes'] / 1e6:.1f} MB")
     print(f"  4 bit     {summary['bits_per_weight']:.3f} bits per quantized weight")
     print(f"  picture   {shown(PICTURE)}: the quantization error of every layer")
+    print(f"  held out  loss {begin:.3f} -> {end:.3f} nats a token, on conversations that were not trained on")
+    print(f"  picture   {shown(ADAPTER / 'loss.png')}: the loss while it was trained")
+    if end >= begin:
+        print("error: the held-out loss did not fall", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -66,6 +66,12 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @options.overwrite
 @click.option("--hash-source", is_flag=True, help="Record the sha256 of the source's files; doubles the time.")
+@click.option(
+    "--calibration",
+    type=options.Location(path_type=Path),
+    metavar="TEXT|DIR",
+    help="Choose codes and scales by the layers' outputs on this text: better, and minutes rather than seconds.",
+)
 @options.quiet
 @options.common
 def command(
@@ -81,6 +87,7 @@ def command(
     resume: bool,
     overwrite: bool,
     hash_source: bool,
+    calibration: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -99,6 +106,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             hash_source=hash_source,
+            calibration=calibration,
             progress=listener,
         )
     if as_json:

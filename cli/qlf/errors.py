@@ -14,7 +14,11 @@ import click
 from qlf import launched, output
 
 _GO_ON: Mapping[str, str] = MappingProxyType(
-    {"convert": "run the same command with --resume to go on", "export": "nothing was written; run it again"}
+    {
+        "convert": "run the same command with --resume to go on",
+        "export": "nothing was written; run it again",
+        "merge": "run the same command with --resume to go on",
+    }
 )
 _REMEDY: Mapping[int, str] = MappingProxyType(
     {

@@ -18,8 +18,11 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "inspect": "Show what a checkpoint holds; reads headers only.",
         "verify": "Check every byte of a checkpoint against the format.",
         "export": "Write a 4-bit checkpoint out as a plain 16- or 32-bit model.",
+        "diff": "Compare the weights of two models.",
+        "eval": "Measure the loss and perplexity of a model, alone or against another.",
         "generate": "Answer a prompt with a checkpoint.",
         "finetune": "Train a LoRA adapter on a 4-bit checkpoint.",
+        "merge": "Put adapters into a base, and measure what was kept of them.",
         "estimate": "Say how much memory fine-tuning a model takes.",
     }
 )

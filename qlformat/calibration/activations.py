@@ -1,0 +1,259 @@
+"""Walk a transformers model layer by layer: only one decoder layer has weights at a time.
+
+The hidden states of the calibration windows enter a layer, its linear layers are quantized group by group (those that
+read the same input are a group), and the output of the quantized layer is what enters the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlformat import conversions, skeleton
+from qlformat.errors import QlfError
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Callable[[str], "torch.Tensor"]
+"""Name of a weight of the source -> float32 tensor, in the source's own orientation."""
+
+BATCH = 8
+"""Windows run at a time."""
+
+
+class _Enough(Exception):
+    """Raised from inside a model to end its forward pass: what was wanted is there."""
+
+
+class LayerWalk:
+    """The decoder layers of one model, and what flows through them.
+
+    Args:
+        directory: config.json is read from there.
+        names: of all weights of the source.
+        wanted: of the weights to be quantized.
+        tensors: gives a weight.
+
+    Raises:
+        QlfError: transformers does not know the model, its weights have other names, or it has no list of layers.
+    """
+
+    def __init__(self, directory: Path, names: Iterable[str], wanted: Iterable[str], tensors: Tensors) -> None:
+        self._tensors = tensors
+        self.model = _empty_model(directory)
+        places = self.model.state_dict().keys()
+        prefix = f"{self.model.base_model_prefix}."
+        self._source = {}  # parameter of the model -> weight of the source
+        for name in names:
+            for candidate in (name, prefix + name, name.removeprefix(prefix)):
+                if candidate in places:
+                    self._source[candidate] = name
+                    break
+        converted = conversions.first_converted(self.model, self._source.values())
+        wanted = set(wanted)
+        self._path, self.layers = self._find_layers({key for key, name in self._source.items() if name in wanted})
+        if converted:
+            raise self._unfit(f"transformers renames or merges {converted} while loading")
+        self._wanted = wanted
+        self._hidden: list[torch.Tensor] = []
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._as_tuple = False
+
+    def _unfit(self, reason: str) -> QlfError:
+        return QlfError(
+            f"the layers of {type(self.model).__name__} cannot be walked one by one ({reason}); "
+            "convert it without --calibration"
+        )
+
+    def _find_layers(self, keys: set[str]) -> tuple[str, Any]:
+        """The list of modules that holds most of the weights to be quantized, the outermost of equal ones."""
+        import torch
+
+        best, found = 0, None
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.nn.ModuleList):
+                inside = sum(key.startswith(f"{path}.") for key in keys)
+                if inside > best:
+                    best, found = inside, (path, module)
+        if found is None:
+            raise self._unfit("found no list of layers that holds weights to quantize")
+        return found
+
+    def embed(self, windows: torch.Tensor) -> None:
+        """Run everything before the first layer, and note what each layer is called with.
+
+        Args:
+            windows: int64 [windows, tokens].
+
+        Raises:
+            QlfError: the layers are not called one after another with the hidden state first.
+        """
+        inner = f"{self._path}."
+        base = self.model.base_model
+        owned = {id(parameter) for parameter in base.parameters()}
+        for key, parameter in list(self.model.named_parameters()):
+            if not key.startswith(inner) and id(parameter) in owned:
+                self._fill(self.model, key, key)
+        batches = windows.split(BATCH)
+        try:
+            self._record(base, batches)
+            if self._hidden[0].shape[:2] != batches[0].shape or not self._chained:
+                self._as_tuple = True
+                self._record(base, batches)
+        except _Enough:
+            raise self._unfit("its forward pass ended early") from None
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
+            raise self._unfit(" ".join(str(error).split())[:150]) from error
+        if not self._chained or any(len(calls) != len(self.layers) for calls in self._calls):
+            raise self._unfit("its layers are not called one after another")
+        for module in self.model.modules():  # the embeddings are not needed any more
+            _empty(module)
+
+    def _record(self, base: Any, batches: tuple[torch.Tensor, ...]) -> None:
+        self._hidden, self._calls, self._chained = [], [], True
+        with _replaced_forward(self.layers, self._stand_in):
+            for batch in batches:
+                self._calls.append([])
+                with contextlib.suppress(_Enough):
+                    base(input_ids=batch, use_cache=False)
+
+    def _stand_in(self, index: int) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+            calls = self._calls[-1]
+            self._chained &= len(calls) == index
+            if index == 0:
+                self._hidden.append(hidden_states.float())
+            else:
+                self._chained &= hidden_states.shape == self._hidden[-1].shape
+            calls.append((args, options))
+            if index == len(self.layers) - 1:
+                raise _Enough
+            return (hidden_states,) if self._as_tuple else hidden_states
+
+        return forward
+
+    def enter(self, index: int) -> None:
+        """Give one layer its weights, float32."""
+        layer = self.layers[index]
+        for key, _ in [*layer.named_parameters(), *layer.named_buffers()]:
+            full = f"{self._path}.{index}.{key}"
+            if full in self._source:
+                self._fill(layer, key, full)
+            elif key in dict(layer.named_parameters()):
+                raise self._unfit(f"the source has no {full}")
+
+    def groups(self, index: int) -> list[list[tuple[str, Any]]]:
+        """(name of the weight, module) of the linear layers to quantize in one layer, by the input they read.
+
+        In the order in which they run; a linear layer that does not run is left out.
+        """
+        layer, hooks = self.layers[index], []
+        seen: dict[tuple[int, tuple[int, ...]], list[tuple[str, Any]]] = {}
+
+        def note(name: str, module: Any) -> Callable[..., None]:
+            def hook(_: Any, args: tuple[Any, ...]) -> None:
+                found = seen.setdefault((args[0].data_ptr(), tuple(args[0].shape)), [])
+                if (name, module) not in found:
+                    found.append((name, module))
+                kept.append(args[0])  # its memory must not be given to another input
+
+            return hook
+
+        kept: list[torch.Tensor] = []
+        for path, module in layer.named_modules():
+            name = self._source.get(f"{self._path}.{index}.{path}.weight")
+            if name in self._wanted and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
+                hooks.append(module.register_forward_pre_hook(note(name, module)))
+        try:
+            self._run(index, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return list(seen.values())
+
+    def inputs(self, index: int, module: Any) -> Iterator[torch.Tensor]:
+        """What enters one linear layer, float32 [windows, tokens, in] for each batch, with the weights as they are."""
+        caught: list[torch.Tensor] = []
+
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            caught.append(args[0])
+            raise _Enough
+
+        handle = module.register_forward_pre_hook(hook)
+        try:
+            for batch in range(len(self._hidden)):
+                with contextlib.suppress(_Enough):
+                    self._run(index, batch)
+                yield from caught
+                caught.clear()
+        finally:
+            handle.remove()
+
+    def leave(self, index: int) -> None:
+        """Replace the hidden states by the layer's output, and take its weights away."""
+        for batch in range(len(self._hidden)):
+            self._hidden[batch] = self._run(index, batch)
+            self._calls[batch][index] = ((), {})
+        for module in self.layers[index].modules():
+            _empty(module)
+
+    def _run(self, index: int, batch: int) -> torch.Tensor:
+        args, options = self._calls[batch][index]
+        result = self.layers[index](self._hidden[batch], *args, **options)
+        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return output
+
+    def _fill(self, root: Any, key: str, full: str) -> None:
+        import torch
+
+        if full not in self._source:
+            raise self._unfit(f"the source has no {full}")
+        path, _, name = key.rpartition(".")
+        module = root.get_submodule(path)
+        value = self._tensors(self._source[full])
+        if name in module._parameters:
+            module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[name] = value
+
+
+def _empty_model(directory: Path) -> Any:
+    """The model with its parameters on the meta device and its buffers computed.
+
+    Raises:
+        QlfError: transformers does not know the model.
+    """
+    import importlib
+
+    import torch
+
+    config = skeleton.read_config(directory)
+    cls = skeleton.model_class(config)
+    skeleton.set_dtype(config, torch.float32)
+    accelerate = importlib.import_module("accelerate")  # it has no annotations
+    with accelerate.init_empty_weights(include_buffers=False):
+        return cls(config).eval()
+
+
+def _empty(module: Any) -> None:
+    """Take the memory of a module's own parameters away."""
+    import torch
+
+    for name, value in module._parameters.items():
+        if value is not None and value.device.type != "meta":
+            module._parameters[name] = torch.nn.Parameter(value.to("meta"), requires_grad=False)
+
+
+@contextlib.contextmanager
+def _replaced_forward(layers: Any, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Every layer's forward replaced for the time being; its attributes stay, since models read them."""
+    for index, layer in enumerate(layers):
+        layer.forward = make(index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

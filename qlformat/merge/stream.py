@@ -1,0 +1,94 @@
+"""Write merged weights into their shards: TensorStream, quantizing from float32, and reading back to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qlformat import codec
+from qlformat.casting import cast_into
+from qlformat.checkpoint import NUMPY_DTYPES
+from qlformat.journal import StoredWeight
+from qlformat.layout import NESTED_BLOCKSIZE, QuantState, strict_json
+from qlformat.merge.base import widen
+from qlformat.plan import Item
+from qlformat.progress import ProgressMeter
+from qlformat.shards import TORCH_NAMES, ShardWriter
+from qlformat.tensor_stream import Rounded, TensorStream
+
+F32 = npt.NDArray[np.float32]
+
+
+class MergedStream(TensorStream):
+    """A TensorStream that quantizes from float32: the merged weight is rounded once.
+
+    Args:
+        directory, writers, meter: as TensorStream.
+        dtypes: weight -> the dtype that its quant_state names.
+    """
+
+    def __init__(
+        self, directory: Path, writers: Sequence[ShardWriter], meter: ProgressMeter, dtypes: Mapping[str, str]
+    ) -> None:
+        super().__init__(directory, writers, meter)
+        self._shards = writers
+        self._dtypes = dtypes
+
+    def _quantize(self, item: Item, state: QuantState, rounded: Rounded | None) -> StoredWeight:
+        return super()._quantize(item, replace(state, dtype="float32"), rounded)
+
+    def _companions(
+        self,
+        item: Item,
+        state: QuantState,
+        companions: dict[str, npt.NDArray[Any]],
+        packed_sha256: str,
+        sums: tuple[float, float],
+    ) -> StoredWeight:
+        state = replace(state, dtype=self._dtypes[item.name])
+        return super()._companions(item, state, companions, packed_sha256, sums)
+
+    def stored_values(self, item: Item, stored: StoredWeight, first: int, last: int) -> F32:
+        """Elements [first, last) as a reader of the new file gets them, float32; `first` begins a nested block."""
+        if stored.quant_state is None:
+            return self._plain_values(item, first, last)
+        fields = strict_json(stored.quant_state.encode())
+        size: int = fields["blocksize"]
+        packed = self._bytes(item, item.name, first // 2, -(-last // 2))
+        begin, end = first // size, -(-last // size)
+        if "nested_offset" in fields:
+            codes = self._bytes(item, f"{item.name}.absmax", begin, end)
+            group, groups = begin // NESTED_BLOCKSIZE, -(-end // NESTED_BLOCKSIZE)
+            nested = self._bytes(item, f"{item.name}.nested_absmax", group * 4, groups * 4).view("<f4")
+            absmax = codec.double_dequantize(codes, nested, np.float32(fields["nested_offset"]))
+        else:
+            absmax = self._bytes(item, f"{item.name}.absmax", begin * 4, end * 4).view("<f4")
+        decoded: F32 = codec.dequantize(
+            packed, absmax, last - first, quant_type=fields["quant_type"], blocksize=size, dtype="float32"
+        )
+        return decoded
+
+    def _plain_values(self, item: Item, first: int, last: int) -> F32:
+        dtype = TORCH_NAMES[item.tensor.dtype]
+        size = NUMPY_DTYPES[dtype].itemsize
+        raw = self._bytes(item, item.name, first * size, last * size).view(NUMPY_DTYPES[dtype])
+        out = np.empty(last - first, dtype=np.float32)
+        if dtype in ("float16", "bfloat16"):
+            return widen(raw, dtype, out)
+        cast_into(raw, dtype, out, "float32")
+        return out
+
+    def _bytes(self, item: Item, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        data = np.empty(end - begin, dtype=np.uint8)
+        done = 0
+        while done < data.size:
+            count = self._shards[item.shard].read_back(name, begin + done, data[done:].data)
+            if not count:
+                raise OSError(f"{self._shards[item.shard].path.name} became shorter while it was written")
+            done += count
+        return data

@@ -1,0 +1,133 @@
+"""`qlf convert --calibration`: the same format, other codes, and nothing else changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from qlf.convert import command
+
+from qlformat import convert, verify
+from qlformat.calibration.activations import LayerWalk
+from qlformat.calibration.settings import CalibrationSettings
+from qlformat.checkpoint import Checkpoint
+from qlformat.errors import QlfError
+from qlformat.model_loader import load_model
+from tests.calibration.conftest import llama_config, small_model
+from tests.sources import file_bytes
+
+SETTINGS = CalibrationSettings(tokens=2048, window=64)
+SCHEMA = Path(__file__).resolve().parents[2] / "spec" / "schema" / "qlf.schema.json"
+
+
+@pytest.fixture(scope="module")
+def calibrated(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    convert(llama, out, calibration=text, calibration_settings=SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plain") / "out"
+    convert(llama, out)
+    return out
+
+
+def logits(model: torch.nn.Module, text: Path, llama: Path) -> torch.Tensor:
+    """Of the end of the text, which the calibration did not see."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokens = torch.tensor([[256, *tokenizer(text.read_text(encoding="utf-8"))["input_ids"][-120:]]])
+    with torch.inference_mode():
+        result: torch.Tensor = model(tokens).logits.float()
+    return result
+
+
+def test_the_same_input_gives_the_same_bytes(llama: Path, text: Path, calibrated: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "again", calibration=text, calibration_settings=SETTINGS)
+    assert file_bytes(tmp_path / "again") == file_bytes(calibrated)
+
+
+def test_only_codes_and_scales_of_the_selected_weights_differ(calibrated: Path, plain: Path) -> None:
+    with Checkpoint(calibrated) as ours, Checkpoint(plain) as theirs:
+        assert list(ours.tensors) == list(theirs.tensors)
+        changed = {name for name in ours.tensors if ours.read(name) != theirs.read(name)}
+        quantized = {name for name, weight in ours.weights.items() if weight.quant_state is not None}
+        assert quantized <= changed
+        assert all(any(name.startswith(weight) for weight in quantized) for name in changed)
+
+
+def test_outputs_are_nearer_to_the_source(llama: Path, text: Path, calibrated: Path, plain: Path) -> None:
+    source = logits(transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), text, llama)
+    errors = []
+    for path in (calibrated, plain):
+        model = load_model(path, dtype="float32", dequantize=True, device_map="cpu")
+        errors.append(float((logits(model, text, llama) - source).square().mean()))
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_verify_says_what_it_compared(llama: Path, calibrated: Path) -> None:
+    assert not [finding for finding in verify(calibrated) if finding.severity == "error"]
+    findings = list(verify(calibrated, source=llama))
+    assert not [finding for finding in findings if finding.severity == "error"]
+    assert any("calibration text" in finding.message for finding in findings)
+
+
+def test_the_manifest_records_the_calibration(calibrated: Path, plain: Path, text: Path) -> None:
+    manifest = json.loads((calibrated / "qlf.json").read_bytes())
+    jsonschema.validate(manifest, json.loads(SCHEMA.read_bytes()))
+    recorded = manifest["recipe"]["calibration"]
+    assert recorded["window"] == 64 and recorded["seed"] == 0 and recorded["damping"] == SETTINGS.damping
+    assert "calibration" not in json.loads((plain / "qlf.json").read_bytes())["recipe"]
+
+
+def test_conv1d_is_calibrated_too(text: Path, tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=260)
+    source = small_model(tmp_path / "gpt2", config)
+    convert(source, tmp_path / "plain")
+    convert(source, tmp_path / "out", calibration=text, calibration_settings=SETTINGS)
+    assert not [finding for finding in verify(tmp_path / "out", source=source) if finding.severity == "error"]
+    with Checkpoint(tmp_path / "out") as ours, Checkpoint(tmp_path / "plain") as theirs:
+        quantized = [name for name, weight in ours.weights.items() if weight.quant_state is not None]
+        assert quantized and all(ours.read(name) != theirs.read(name) for name in quantized)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b" \n", "is empty"), (b"caf\xe9 " * 500, "byte 3 is not UTF-8"), (b"too short", "9 tokens")],
+)
+def test_a_text_that_does_not_do(llama: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(QlfError, match=message) as caught:
+        convert(llama, tmp_path / "out", calibration=tmp_path / "text.txt")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    done = CliRunner().invoke(command, [str(llama), out, "--calibration", str(text), "--json", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert any(note.startswith("calibrated on") for note in json.loads(done.stdout)["notes"])
+
+
+def test_no_text_at_all(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(QlfError, match="cannot be read"):
+        convert(llama, tmp_path / "out", calibration=tmp_path / "absent.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(QlfError, match="needed a calibration text"):
+        convert(llama, tmp_path / "out", calibration=tmp_path / "empty")
+
+
+def test_a_model_whose_layers_cannot_be_walked(llama: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(llama_config().num_hidden_layers)]
+    with pytest.raises(QlfError, match=r"cannot be walked one by one .*without --calibration"):
+        LayerWalk(llama, ["other.weight"], ["other.weight"], lambda name: torch.zeros(1))
+    walk = LayerWalk(llama, names, names, lambda name: torch.zeros(96, 96))
+    with pytest.raises(QlfError, match=r"the source has no model\.embed_tokens.weight"):
+        walk.embed(torch.zeros(8, 16, dtype=torch.int64))
