@@ -43,11 +43,13 @@ format: $(VENV)/.qlformat-lint ## Rewrite the sources in the project's style
 	$(BIN)/ruff format $(PYSOURCES)
 	$(BIN)/clang-format -i $(CXXSOURCES)
 
-bench: $(STAMP) ## Measure against bitsandbytes and transformers; takes 25 minutes and 14 GB of disk
+bench: $(STAMP) ## Measure against bitsandbytes and transformers; takes about an hour and 14 GB of disk
 	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_startup.py
 	$(BIN)/python benchmarks/bench_load.py --cleanup
 	$(BIN)/python benchmarks/bench_load_model.py --cleanup
+	$(BIN)/python benchmarks/bench_finetune.py --cleanup
+	$(BIN)/python benchmarks/bench_initialization.py
 	$(BIN)/python benchmarks/bench_merge.py
 	$(BIN)/python benchmarks/bench_convert.py --cleanup
 

@@ -87,7 +87,7 @@ def learn() -> None:
     step("5. Fine-tune it: a LoRA adapter on the 4-bit weights, from conversations of people", "qlf", "finetune",
          CHECKPOINT, "--data", CHATS, "--eval-data", HELD_OUT, "-o", ADAPTER, "--max-steps", "24", "--eval-steps", "6",
          "--save-steps", "24", "--seq-len", "512", "--grad-accum", "1", "--lr", "5e-4", "--overwrite")  # fmt: skip
-    limit = ("--max-new-tokens", "40")
+    limit = ("--max-new-tokens", "40", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")
     step("6. Ask the base, then the base with its adapter", "qlf", "generate", CHECKPOINT, "--prompt", QUESTION, *limit)
     step("", "qlf", "generate", CHECKPOINT, "--adapter", ADAPTER, "--prompt", QUESTION, *limit)
 
