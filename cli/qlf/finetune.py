@@ -107,8 +107,8 @@ def command(
     **given: Any,
 ) -> int:
     """Train a LoRA adapter for the 4-bit checkpoint BASE."""
-    _hush()
     _give_memory_back()
+    _hush()
     launched.end_with_the_others()
     from qlformat.finetune import preview
     from qlformat.finetune.checkpointing import Interrupted

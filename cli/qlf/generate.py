@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from unicodedata import category
@@ -126,7 +127,8 @@ def _read(prompt: str) -> str:
 
 
 def _quiet() -> None:
-    """Keep transformers' bars and advice off the terminal: they are for programmers."""
+    """Keep transformers' bars, advice and deprecations off the terminal: they are for programmers."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
