@@ -501,6 +501,7 @@ def test_layers_of_another_size(llama: Path, dequantize: bool) -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"dequantize": True}, {"device_map": "balanced"}])
 def test_nothing_is_printed(llama: Path, capfd: pytest.CaptureFixture[str], arguments: dict[str, Any]) -> None:
+    transformers.utils.logging.enable_progress_bar()  # a command that ran in this process may have put it out
     qlformat.load_model(llama, **arguments)
     assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.is_progress_bar_enabled()
