@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from qlformat.repository import index_name
 from qlformat.shards import TORCH_NAMES, ShardWriter
 from qlformat.source import Source, open_source
 from qlformat.staging import LOCK_NAME, Staging, require_space
-from qlformat.tensor_stream import Rounded, Stopped, TensorStream
+from qlformat.tensor_stream import Rounded, TensorStream
 
 if TYPE_CHECKING:
     from qlformat.calibration.engine import Calibration
@@ -235,18 +235,7 @@ class _Run:
             partial(self._convert, item) for item in self.plan.items if item.name not in self._stored
         ]
         tasks += [partial(self._finish_source, name) for name in self._hashers]
-        with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
-            futures = [pool.submit(task) for task in tasks]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                errors = [future.exception() for future in futures if future in done]
-                for error in errors:
-                    if error is not None and not isinstance(error, Stopped):
-                        raise error
-            except BaseException:  # Ctrl-C too: workers stop at their next chunk
-                self._stream.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        self._stream.run(tasks, threads)
 
     def _convert(self, item: Item, rounded: Rounded | None = None) -> None:
         stored = self.journal.done.get(item.name)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,19 +79,11 @@ def require_memory(checkpoint: Checkpoint, weights: Iterable[Weight], dtype: str
         QlfError: the decoded weights are larger than what the machine, or the control group, has left with its swap.
     """
     free, needed = free_memory.on_host(), decoded_bytes(checkpoint, weights, dtype)
-    if free is not None and needed > free.size + _free_swap():
+    if free is not None and needed > free.size + free_memory.swap():
         raise QlfError(
             f"out of memory on cpu: the weights need {needed} bytes, {free.of} has {free.size} left; load fewer with "
             "names=, use a smaller dtype, or keep the model in 4 bits"
         )
-
-
-def _free_swap() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapFree:"))
 
 
 def thread_count(threads: int | None) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from qlformat import codec, manifest, native, remote, repository
 from qlformat.checkpoint import CHUNK_ELEMENTS, FLOAT_DTYPES, AnyArray, Checkpoint
 from qlformat.errors import QlfError
-from qlformat.plan import natural_key
+from qlformat.plan import natural_key, shard_names, with_dtype
 from qlformat.progress import Progress, ProgressMeter
 from qlformat.shards import TORCH_NAMES, ShardWriter, TensorSpec
 from qlformat.staging import Staging, require_space
@@ -138,7 +138,7 @@ class _Run:
         require_space(directory, self._total + _MARGIN_BYTES)
         self._meter = ProgressMeter(progress, len(specs), self._total, "exporting")
         placed = list(_place(list(specs.values()), shard_size))
-        self.names = _shard_names(len(placed))
+        self.names = shard_names(len(placed))
         self._writers = [ShardWriter(directory / name, group) for name, group in zip(self.names, placed, strict=True)]
         self._home = {spec.name: i for i, group in enumerate(placed) for spec in group}
 
@@ -158,7 +158,7 @@ class _Run:
         config = {key: value for key, value in self._checkpoint.config.items() if key != "quantization_config"}
         if not {"dtype", "torch_dtype"} & config.keys():
             config["dtype"] = self._dtype
-        self._write_json(CONFIG_NAME, _with_dtype(config, self._dtype))
+        self._write_json(CONFIG_NAME, with_dtype(config, self._dtype))
 
     def _spec(self, weight: Weight) -> TensorSpec:
         dtype = _STORED_DTYPES[self._checkpoint.decoded_dtype(weight, self._dtype)]
@@ -234,20 +234,3 @@ def _place(specs: Sequence[TensorSpec], shard_size: int) -> Iterator[list[Tensor
         group.append(spec)
         used += spec.nbytes
     yield group
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with its dtype keys set, those of nested configs too."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype"):
-            found[key] = dtype if value is None or value in FLOAT_DTYPES else value
-        else:
-            found[key] = _with_dtype(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
-    return found

@@ -35,15 +35,21 @@ def on_host(root: Path = Path("/")) -> FreeMemory | None:
     Returns:
         None where neither can be read, as on macOS.
     """
-    found = [*_available(root / "proc/meminfo"), *_left_by_groups(root)]
+    available = [FreeMemory(size, "this machine") for size in _meminfo(root, "MemAvailable")]
+    found = [*available, *_left_by_groups(root)]
     return min(found, key=lambda free: free.size, default=None)
 
 
-def _available(path: Path) -> Iterator[FreeMemory]:
-    for line in _text(path).splitlines():
+def swap(root: Path = Path("/")) -> int:
+    """Free bytes of swap; 0 where the system does not say."""
+    return sum(_meminfo(root, "SwapFree"))
+
+
+def _meminfo(root: Path, wanted: str) -> Iterator[int]:
+    for line in _text(root / "proc/meminfo").splitlines():
         name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            yield FreeMemory(int(value.split()[0]) * 1024, "this machine")
+        if name == wanted:
+            yield int(value.split()[0]) * 1024
 
 
 def _left_by_groups(root: Path) -> Iterator[FreeMemory]:

@@ -76,7 +76,7 @@ def load_model(
             model = _four_bit(checkpoint, device, device_map, wanted, notes)
             storage.view(model, stored)
     if adapter_directory is not None:
-        model = _with_adapter(model, adapter_directory)
+        model = with_adapter(model, adapter_directory)
     for note in notes:
         _LOG.info("%s: %s", directory, note)
     model.qlf_notes = tuple(notes)
@@ -265,7 +265,7 @@ def _from_pretrained(cls: type[PreTrainedModel], path: Path | None, what: str, *
     return found
 
 
-def _with_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+def with_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     """peft's model around `model`, on its device.
 
     Raises:

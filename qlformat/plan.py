@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlformat import __version__
 from qlformat.errors import SourceError
-from qlformat.layout import QuantState, Recipe, element_count, quant_state_name
+from qlformat.layout import SOURCE_DTYPES, QuantState, Recipe, element_count, quant_state_name
 from qlformat.selection import Selection, select
 from qlformat.shards import TORCH_NAMES, TensorSpec
 from qlformat.source import TORCH_DTYPES, Source, SourceTensor
@@ -108,11 +108,14 @@ def make_plan(source: Source, recipe: Recipe, skip: Sequence[str], shard_size: i
             "is this a language model with linear layers?"
         )
     placed, count = _place(items, shard_size)
+    return Plan(recipe, tuple(skip), selection, tuple(placed), shard_names(count))
+
+
+def shard_names(count: int) -> tuple[str, ...]:
+    """The names that transformers gives to the files of a model."""
     if count == 1:
-        names = ["model.safetensors"]
-    else:
-        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    return Plan(recipe, tuple(skip), selection, tuple(placed), tuple(names))
+        return ("model.safetensors",)
+    return tuple(f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count))
 
 
 def _item(tensor: SourceTensor, selection: Selection, recipe: Recipe) -> Item:
@@ -188,3 +191,14 @@ def output_config(config: dict[str, Any], plan: Plan) -> bytes:
         "quant_method": "bitsandbytes",
     }
     return (json.dumps(written, indent=2) + "\n").encode()
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with its dtype keys set, those of nested configs too."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            found[key] = dtype if value is None or value in SOURCE_DTYPES else value
+        else:
+            found[key] = with_dtype(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
+    return found

@@ -6,7 +6,8 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -82,6 +83,20 @@ class TensorStream:
             SourceError: rule E1, NaN or infinity in a weight to be quantized.
         """
         return self._copy(item) if item.state is None else self._quantize(item, item.state, rounded)
+
+    def run(self, tasks: Iterable[Callable[[], None]], threads: int) -> None:
+        """Run tasks that write weights, and raise the first error; the others give up at their next chunk then."""
+        with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
+            futures = [pool.submit(task) for task in tasks]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for error in [future.exception() for future in futures if future in done]:
+                    if error is not None and not isinstance(error, Stopped):
+                        raise error
+            except BaseException:  # Ctrl-C too
+                self.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
 
     def release_buffers(self) -> None:
         """Let go of the calling worker's buffers; they are made again when they are needed."""

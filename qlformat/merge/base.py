@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qlformat import codec, remote, repository
 from qlformat.casting import cast_into
-from qlformat.checkpoint import NUMPY_DTYPES, AnyArray, Checkpoint
+from qlformat.checkpoint import FLOAT_DTYPES, NUMPY_DTYPES, AnyArray, Checkpoint
 from qlformat.errors import QlfError
 from qlformat.layout import Recipe, element_count, strict_json
 from qlformat.manifest import FileEntry
@@ -23,7 +23,6 @@ from qlformat.weights import Weight
 
 F32 = npt.NDArray[np.float32]
 
-FLOATS = ("float32", "float16", "bfloat16")
 _NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 _HALF_EXPONENT = np.uint16(0x7C00)
 _HALF_BITS = np.int32(-0x70002000)  # sign, and exponent and mantissa of a float16 shifted to those of a float32
@@ -196,7 +195,7 @@ class QuantizedBase(Base):
         self.fingerprint = manifest.fingerprint if manifest else checkpoint.fingerprint()
         states = [weight.quant_state for weight in checkpoint.weights.values() if weight.quant_state is not None]
         declared = str(checkpoint.config["quantization_config"].get("bnb_4bit_compute_dtype", "bfloat16"))
-        compute = declared if declared in FLOATS else "bfloat16"
+        compute = declared if declared in FLOAT_DTYPES else "bfloat16"
         if manifest is not None:
             self.recipe = manifest.recipe
         elif states:

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat.casting import cast_into
-from qlformat.checkpoint import NUMPY_DTYPES, AnyArray
+from qlformat.checkpoint import FLOAT_DTYPES, NUMPY_DTYPES, AnyArray
 from qlformat.errors import QlfError
 from qlformat.merge import combining
 from qlformat.merge.adapter_files import AdapterFiles
-from qlformat.merge.base import FLOATS, Base, BaseWeight
+from qlformat.merge.base import Base, BaseWeight
 from qlformat.merge.changes import (
     BiasDelta,
     Change,
@@ -98,8 +98,10 @@ class MergedFile:
     def _pieces(self, weight: BaseWeight, first: int, last: int) -> Iterator[tuple[int, F32]]:
         """(index of the first element, merged elements), in order, by whole rows cut to what is wanted."""
         changes = self._changes.get(weight.name, ())
-        if weight.dtype not in FLOATS:
-            raise QlfError(f"found dtype {weight.dtype}, needed {', '.join(FLOATS)} to merge into", tensor=weight.name)
+        if weight.dtype not in FLOAT_DTYPES:
+            raise QlfError(
+                f"found dtype {weight.dtype}, needed {', '.join(FLOAT_DTYPES)} to merge into", tensor=weight.name
+            )
         width = weight.shape[-1] if len(weight.shape) == 2 else 1
         step = max(PIECE_ELEMENTS // width, 1)
         for row in range(first // width, -(-last // width), step):

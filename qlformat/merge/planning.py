@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qlformat import __version__
+from qlformat.checkpoint import FLOAT_DTYPES
 from qlformat.layout import Recipe, element_count
-from qlformat.merge.base import FLOATS, Base
-from qlformat.plan import Item, Plan, make_plan, natural_key, output_config
+from qlformat.merge.base import Base
+from qlformat.plan import Item, Plan, make_plan, natural_key, output_config, shard_names, with_dtype
 from qlformat.shards import DTYPE_BITS, TORCH_NAMES, TensorInfo, TensorSpec
 from qlformat.source import Source, SourceTensor, WeightFile
 
@@ -56,7 +57,7 @@ class MergePlan:
 
 def plan_plain(base: Base, dtype: str, shard_size: int, reader: WeightFile) -> MergePlan:
     """All floating-point weights in `dtype`; integers and bools stay."""
-    dtypes = {name: dtype if weight.dtype in FLOATS else weight.dtype for name, weight in base.weights.items()}
+    dtypes = {name: dtype if weight.dtype in FLOAT_DTYPES else weight.dtype for name, weight in base.weights.items()}
     items = []
     for name, weight in base.weights.items():
         tensor = _tensor(name, STORED[dtypes[name]], weight.shape, reader)
@@ -65,7 +66,7 @@ def plan_plain(base: Base, dtype: str, shard_size: int, reader: WeightFile) -> M
     config = dict(base.config)
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = dtype
-    return MergePlan(placed, dtypes, names, (json.dumps(_with_dtype(config, dtype), indent=2) + "\n").encode(), None)
+    return MergePlan(placed, dtypes, names, (json.dumps(with_dtype(config, dtype), indent=2) + "\n").encode(), None)
 
 
 def plan_quantized(base: Base, recipe: Recipe, shard_size: int, reader: WeightFile, like: Base) -> MergePlan:
@@ -111,19 +112,4 @@ def _place(items: Sequence[Item], shard_size: int) -> tuple[tuple[Item, ...], tu
             shard, used = shard + 1, 0
         home[item.name] = shard
         used += size
-    count = shard + 1
-    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    return tuple(replace(item, shard=home[item.name]) for item in items), tuple(
-        names if count > 1 else ["model.safetensors"]
-    )
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with its dtype keys set, those of nested configs too."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype"):
-            found[key] = dtype if value is None or value in FLOATS else value
-        else:
-            found[key] = _with_dtype(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
-    return found
+    return tuple(replace(item, shard=home[item.name]) for item in items), shard_names(shard + 1)

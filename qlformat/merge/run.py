@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from qlformat.progress import Progress, ProgressMeter
 from qlformat.repository import index_name
 from qlformat.shards import ShardWriter
 from qlformat.staging import require_space
-from qlformat.tensor_stream import Rounded, Stopped
+from qlformat.tensor_stream import Rounded
 
 if TYPE_CHECKING:
     from qlformat.calibration.engine import Calibration
@@ -128,18 +127,8 @@ class Run:
         self._meter.enter("merging")
 
     def _run_workers(self, threads: int) -> None:
-        with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
-            left = [item for item in self._plan.items if item.name not in self._stored]
-            futures = [pool.submit(partial(self._write, item)) for item in left]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for error in [future.exception() for future in futures if future in done]:
-                    if error is not None and not isinstance(error, Stopped):
-                        raise error
-            except BaseException:  # Ctrl-C too: workers stop at their next chunk
-                self._stream.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        left = [item for item in self._plan.items if item.name not in self._stored]
+        self._stream.run([partial(self._write, item) for item in left], threads)
 
     def _write(self, item: Item, rounded: Rounded | None = None) -> None:
         stored = self.journal.done.get(item.name)

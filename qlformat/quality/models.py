@@ -10,7 +10,7 @@ from qlformat import adapter as adapters
 from qlformat import remote, skeleton
 from qlformat.checkpoint import dtype_name
 from qlformat.errors import QlfError
-from qlformat.model_loader import base_directory, load_model
+from qlformat.model_loader import base_directory, load_model, with_adapter
 from qlformat.quality.sides import is_four_bit
 
 if TYPE_CHECKING:
@@ -163,16 +163,4 @@ def _plain(directory: Path, adapter: str | Path | None, device: torch.device) ->
     if found is None:
         return model, ()
     note = "pinned to a base in 4 bits, this one is not quantized" if pin else "not pinned to a base"
-    return _adapted(model, found), (f"the adapter {found.name} is {note}; only names and shapes were compared",)
-
-
-def _adapted(model: Any, directory: Path) -> Any:
-    import peft
-
-    try:
-        return peft.PeftModel.from_pretrained(model, directory, torch_device=str(model.device))
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise QlfError(
-            f"{directory}: peft cannot put this adapter on {type(model).__name__} ({reason}); give its base"
-        ) from None
+    return with_adapter(model, found), (f"the adapter {found.name} is {note}; only names and shapes were compared",)

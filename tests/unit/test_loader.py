@@ -337,11 +337,11 @@ def test_more_than_the_machine_has_left_is_refused_before_it_begins(
     total = 4 * (70 * 301 + 131 * 151 + 7 + 40 * 24 + 24 + 1)
     left = FreeMemory(total - 1, "this machine")
     monkeypatch.setattr("qlformat.free_memory.on_host", lambda: left)
-    monkeypatch.setattr(decoder, "_free_swap", lambda: 0)
+    monkeypatch.setattr("qlformat.free_memory.swap", lambda: 0)
     for load in (qlformat.load_state_dict, qlformat.numpy.load_state_dict):
         with pytest.raises(QlfError, match=f"need {total} bytes, this machine has {total - 1} left"):
             load(tmp_path, dtype="float32")
-    monkeypatch.setattr(decoder, "_free_swap", lambda: 1)
+    monkeypatch.setattr("qlformat.free_memory.swap", lambda: 1)
     assert set(qlformat.load_state_dict(tmp_path, dtype="float32")) == {*QUANTIZED, *PLAIN}
 
 
