@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,8 @@ EXPERT_REASON = "fused-experts"
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MARGIN_BYTES = 16 << 20
+_LARGE_BYTES = 64 << 20
+"""Weights of this size and more come first: one that is begun last leaves the other cores without work."""
 """Space asked for beyond the tensors: headers, JSON files and what is carried over."""
 
 
@@ -231,9 +232,9 @@ class _Run:
         self._meter.enter("converting")
 
     def _run_workers(self, threads: int) -> None:
-        tasks: list[Callable[[], None]] = [
-            partial(self._convert, item) for item in self.plan.items if item.name not in self._stored
-        ]
+        left = [item for item in self.plan.items if item.name not in self._stored]
+        left.sort(key=lambda item: item.tensor.nbytes // _LARGE_BYTES, reverse=True)
+        tasks: list[Callable[[], None]] = [partial(self._convert, item) for item in left]
         tasks += [partial(self._finish_source, name) for name in self._hashers]
         self._stream.run(tasks, threads)
 
@@ -254,12 +255,9 @@ class _Run:
     def _finish_shard(self, shard: int) -> None:
         writer = self._writers[shard]
         self._stream.release_buffers()  # the header of a large shard takes their place
-        writer.finish()
-        with ThreadPoolExecutor(1) as flusher:
-            flushed = flusher.submit(writer.flush)
-            size, digest = hash_file(writer.path)
-            flushed.result()
-        self._shard_files[shard] = FileEntry(self.plan.shard_names[shard], size, digest)
+        size, digest = writer.finish()
+        writer.flush()
+        self._shard_files[shard] = FileEntry(self.plan.shard_names[shard], size, None, digest)
 
     def _finish_source(self, name: str) -> None:
         self._source_sha256[name] = self._hashers[name].finish(self._stream.stop)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,11 +60,17 @@ class WeightEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file by its path relative to the repository ("/" separated), size in bytes and sha256."""
+    """A file by its path relative to the repository ("/" separated), size in bytes and one hash (rule M6).
+
+    Attributes:
+        sha256: of the whole file, or None for a shard whose tensors' hashes cover the rest.
+        header_sha256: of a shard's bytes before its data (`ShardReader.header_bytes`), or None.
+    """
 
     name: str
     size: int
-    sha256: str
+    sha256: str | None
+    header_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Manifest:
             "writer": self.writer,
             "fingerprint": self.fingerprint,
             "recipe": recipe,
-            "source": asdict(self.source),
+            "source": {**asdict(self.source), "files": [_without_none(vars(entry)) for entry in self.source.files]},
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         for key, entries in (("weights", self.weights), ("tensors", self.tensors), ("files", self.files)):
@@ -169,14 +175,15 @@ def parse(data: bytes) -> Manifest:
         raise _bad("M1", f"found kind {shown(root.get('kind'))}, needed 'base'")
     recipe, skip = _recipe(_object(root, "recipe"))
     calibration = _object(root["recipe"], "calibration") if "calibration" in root["recipe"] else None
+    tensors = tuple(_tensor(entry) for entry in _objects(root, "tensors"))
     manifest = Manifest(
         writer=_text(root, "writer"),
         source=_source(_object(root, "source")),
         recipe=recipe,
         skip=skip,
-        tensors=tuple(_tensor(entry) for entry in _objects(root, "tensors")),
+        tensors=tensors,
         weights=tuple(_weight(entry) for entry in _objects(root, "weights")),
-        files=_files(root),
+        files=_files(root, {entry.shard for entry in tensors}),
         fingerprint=_digest(root, "fingerprint"),
         must_understand=keys,
         calibration=calibration,
@@ -271,20 +278,24 @@ def _recipe(entry: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
 
 
 def _source(entry: Mapping[str, Any]) -> Source:
-    return Source(_optional_text(entry, "repo_id"), _optional_text(entry, "revision"), _files(entry))
+    return Source(_optional_text(entry, "repo_id"), _optional_text(entry, "revision"), _files(entry, frozenset()))
 
 
-def _files(parent: Mapping[str, Any]) -> tuple[FileEntry, ...]:
-    return tuple(_file(entry) for entry in _objects(parent, "files"))
+def _files(parent: Mapping[str, Any], shards: Set[str]) -> tuple[FileEntry, ...]:
+    return tuple(_file(entry, shards) for entry in _objects(parent, "files"))
 
 
-def _file(entry: Mapping[str, Any]) -> FileEntry:
+def _file(entry: Mapping[str, Any], shards: Set[str]) -> FileEntry:
     name, size = _text(entry, "name"), entry.get("size")
     if not is_plain_path(name):
         raise _bad("M9", f"the file name {shown(name)} leaves the repository; only plain relative paths are allowed")
     if type(size) is not int or size < 0:
         raise _bad("M1", f"size of {shown(name)} is {shown(size)}, needed an integer that is not negative")
-    return FileEntry(name, size, _digest(entry, "sha256"))
+    if "header_sha256" not in entry:
+        return FileEntry(name, size, _digest(entry, "sha256"))
+    if "sha256" in entry or name not in shards:
+        raise _bad("M1", f"{shown(name)} has a header_sha256, which is for shards, in the place of sha256")
+    return FileEntry(name, size, None, _digest(entry, "header_sha256"))
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorEntry:

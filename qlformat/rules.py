@@ -43,7 +43,7 @@ RULES: dict[str, str] = {
     "M3": "the reader understands every key that must_understand lists",
     "M4": "the manifest lists exactly the tensors of the shards, with their dtype, shape and shard",
     "M5": "the sha256 of every tensor matches",
-    "M6": "the size and sha256 of every file match",
+    "M6": "the size and hash of every file match",
     "M7": "the fingerprint matches",
     "M8": "the recipe agrees with every quant_state",
     "M9": "file names in the manifest are plain relative paths inside the repository",

@@ -6,12 +6,15 @@ file is ever mapped or held whole (spec/format.md, "Container", rules S1 to S7, 
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +46,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_BYTES = 4096
 ALIGNMENT = 64
 _PREFIX = 8
+_WRITEBACK_BYTES = 64 << 20
+_SYNC_FILE_RANGE_WRITE = 2
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -233,6 +238,12 @@ class ShardReader:
         """Position in the file just behind the tensor's bytes."""
         return self.header.data_start + info.end
 
+    def header_bytes(self) -> bytes:
+        """The file's bytes before its data: the length of the header, the header and its padding."""
+        data = bytearray(self.header.data_start)
+        self.read_at(0, memoryview(data))
+        return bytes(data)
+
     def read(self, info: TensorInfo) -> bytearray:
         """All bytes of a tensor."""
         data = bytearray(info.nbytes)
@@ -287,6 +298,19 @@ def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=TensorSpec._order)
 
 
+@functools.cache
+def _sync_file_range() -> Callable[..., int] | None:
+    """Linux' sync_file_range, or None on other systems."""
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
+def _start_writeback(fd: int) -> None:
+    """Ask the system to begin writing what is not on the disk yet; `flush` then has less to wait for."""
+    begin = _sync_file_range()
+    if begin is not None:
+        begin(fd, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+
+
 class ShardWriter:
     """A safetensors file whose tensors may be written in any order, from any thread.
 
@@ -299,6 +323,7 @@ class ShardWriter:
         self._specs = file_order(specs)
         self._late: dict[str, bytes] = {}
         self._offsets: dict[str, int] = {}
+        self._unflushed = 0
         position = 0
         for spec in self._specs:
             self._offsets[spec.name] = position
@@ -309,7 +334,12 @@ class ShardWriter:
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """Write bytes of a tensor at `offset` within it."""
-        self._write_at(self.data_start + self._offsets[name] + offset, memoryview(data))
+        view = memoryview(data)
+        self._write_at(self.data_start + self._offsets[name] + offset, view)
+        self._unflushed += view.nbytes  # a count lost between two threads does not matter
+        if self._unflushed >= _WRITEBACK_BYTES:
+            self._unflushed = 0
+            _start_writeback(self._fd)
 
     def write_late(self, name: str, data: bytes) -> None:
         """Set the bytes of a late tensor; they reach the file in `finish`."""
@@ -319,8 +349,12 @@ class ShardWriter:
         """Read bytes of a tensor back from the file; the count read is returned."""
         return os.preadv(self._fd, [buffer], self.data_start + self._offsets[name] + offset)
 
-    def finish(self) -> None:
-        """Write the quant_states and the header, and cut the file to its size."""
+    def finish(self) -> tuple[int, str]:
+        """Write the quant_states and the header, and cut the file to its size.
+
+        Returns:
+            The size in bytes, and the sha256 of the bytes before the data, as a manifest holds it.
+        """
         position = self.data_start + self._late_start
         for spec in self._specs:
             if spec.late:
@@ -328,8 +362,10 @@ class ShardWriter:
                 position += len(self._late[spec.name])
         sizes = {s.name: len(self._late[s.name]) if s.late else s.nbytes for s in self._specs}
         header = self._header(sizes, self.data_start - _PREFIX)
-        self._write_at(0, memoryview(len(header).to_bytes(_PREFIX, "little") + header))
+        head = len(header).to_bytes(_PREFIX, "little") + header
+        self._write_at(0, memoryview(head))
         os.ftruncate(self._fd, position)
+        return position, hashlib.sha256(head).hexdigest()
 
     def flush(self) -> None:
         """Wait until the file is on the disk."""

@@ -114,6 +114,7 @@ class Checkpoint:
         config: content of config.json.
         carried: further files by relative name.
         has_manifest: whether `write` makes qlf.json.
+        header_hashed: shards that qlf.json lists with header_sha256 instead of sha256.
         path: where `write` put it last.
     """
 
@@ -126,6 +127,7 @@ class Checkpoint:
     source: Source = field(default_factory=Source)
     carried: dict[str, bytes] = field(default_factory=dict)
     has_manifest: bool = True
+    header_hashed: tuple[str, ...] = ()
     path: Path = Path()
 
     def write(self, path: Path) -> Path:
@@ -161,7 +163,7 @@ class Checkpoint:
             skip=self.skip,
             tensors=tuple(TensorEntry(n, d, s, self.placement[n], h) for n, d, s, h in rows),
             weights=tuple(sorted([*self.weights, *self._unlisted()], key=lambda weight: weight.name)),
-            files=file_entries(path),
+            files=file_entries(path, self.header_hashed),
             fingerprint=fingerprint(rows),
         )
 
@@ -317,11 +319,21 @@ def quantization_config(recipe: Recipe, skip_modules: Iterable[str]) -> dict[str
     }
 
 
-def file_entries(path: Path) -> tuple[FileEntry, ...]:
-    """Every file below `path` but qlf.json, sorted by name."""
+def file_entries(path: Path, header_hashed: Iterable[str] = ()) -> tuple[FileEntry, ...]:
+    """Every file below `path` but qlf.json, sorted by name; those of `header_hashed` with a hash of their header."""
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     contents = {name: (path / name).read_bytes() for name in names if name != "qlf.json"}
-    return tuple(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items())
+    return tuple(
+        FileEntry(name, len(data), None, header_digest(data))
+        if name in header_hashed
+        else FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+        for name, data in contents.items()
+    )
+
+
+def header_digest(shard: bytes) -> str:
+    """The header_sha256 of a safetensors file."""
+    return hashlib.sha256(shard[: 8 + int.from_bytes(shard[:8], "little")]).hexdigest()
 
 
 def reseal(path: Path, *, tensors: bool = True) -> None:
@@ -333,7 +345,7 @@ def reseal(path: Path, *, tensors: bool = True) -> None:
     """
 
     def change(root: dict[str, Any]) -> None:
-        root["files"] = [asdict(entry) for entry in file_entries(path)]
+        root["files"] = [{"name": e.name, "size": e.size, "sha256": e.sha256} for e in file_entries(path)]
         if not tensors:
             return
         rows = []

@@ -91,7 +91,7 @@ class Base:
         raise NotImplementedError
 
     def files(self) -> list[FileEntry]:
-        """Name and size of the weight files (their sha256 where it costs nothing, else empty)."""
+        """Name and size of the weight files (and their hash where it costs nothing)."""
         raise NotImplementedError
 
     def untie(self, head: str, embedding: str) -> None:
@@ -173,7 +173,7 @@ class PlainBase(Base):
 
     def files(self) -> list[FileEntry]:
         """Sizes; hashing them would take about as long as the merge."""
-        return [FileEntry(name, path.stat().st_size, "") for name, path in self._source.files]
+        return [FileEntry(name, path.stat().st_size, None) for name, path in self._source.files]
 
     def close(self) -> None:
         """Close every file."""
@@ -224,7 +224,7 @@ class QuantizedBase(Base):
         """Of the manifest, or sizes."""
         if self.checkpoint.manifest is not None:
             return [entry for entry in self.checkpoint.manifest.files if entry.name.endswith(".safetensors")]
-        return [FileEntry(reader.name, reader.size, "") for reader in self.checkpoint.shards.values()]
+        return [FileEntry(reader.name, reader.size, None) for reader in self.checkpoint.shards.values()]
 
     def close(self) -> None:
         """Close every file."""

@@ -347,7 +347,7 @@ def _described(base: Base) -> dict[str, Any]:
         "name": base.repo_id or base.path.resolve().name,
         "revision": base.revision,
         "fingerprint": base.fingerprint,
-        "files": [{"name": entry.name, "size": entry.size, "sha256": entry.sha256 or None} for entry in base.files()],
+        "files": [{key: value for key, value in vars(entry).items() if value is not None} for entry in base.files()],
     }
 
 

@@ -78,6 +78,7 @@ class Run:
         self._pending = Counter(item.shard for item in plan.items)
         self._stored: dict[str, StoredWeight] = {}
         self._kept: dict[str, Kept] = {}
+        self._shard_files: dict[str, FileEntry] = {}
 
     @property
     def kept(self) -> list[Kept]:
@@ -143,7 +144,9 @@ class Run:
             self._pending[item.shard] -= 1
             last = self._pending[item.shard] == 0
         if last:
-            self._writers[item.shard].finish()
+            name = self._plan.shard_names[item.shard]
+            size, digest = self._writers[item.shard].finish()
+            self._shard_files[name] = FileEntry(name, size, None, digest)
 
     def _measure(self, item: Item, stored: StoredWeight) -> Kept:
         """Compare what was written with what it is made of."""
@@ -186,7 +189,7 @@ class Run:
         )
 
     def _file_entry(self, name: str) -> FileEntry:
-        return FileEntry(name, *hash_file(self._directory / name))
+        return self._shard_files.get(name) or FileEntry(name, *hash_file(self._directory / name))
 
     def _tensor_entries(self, item: Item) -> list[TensorEntry]:
         stored = self._stored[item.name]

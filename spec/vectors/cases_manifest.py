@@ -60,6 +60,32 @@ def _flipped_digest(entry: dict[str, Any], key: str = "sha256") -> None:
     entry[key] = hashlib.sha256(entry[key].encode()).hexdigest()
 
 
+def _header_hashed(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A builder of a checkpoint whose shard is listed with header_sha256, and altered after that."""
+
+    def build(path: Path) -> None:
+        checkpoint = small()
+        checkpoint.header_hashed = (SINGLE,)
+        checkpoint.write(path / "repo")
+        change(path / "repo")
+
+    return build
+
+
+def _reword_header(repo: Path) -> None:
+    data = (repo / SINGLE).read_bytes()
+    (repo / SINGLE).write_bytes(data.replace(b'"format":"pt"', b'"format":"np"', 1))
+
+
+def _other_header_digest(repo: Path) -> None:
+    json_file(MANIFEST, lambda root: _flipped_digest(_entry(root, "files", SINGLE), "header_sha256"))(repo)
+
+
+def _header_hash_of_config(root: dict[str, Any]) -> None:
+    entry = _entry(root, "files", "config.json")
+    entry["header_sha256"] = entry.pop("sha256")
+
+
 MANIFESTS = [
     Case("M1-not-json", on_disk(raw_file(lambda d: d[:-3], MANIFEST), reseal="nothing"), file=MANIFEST),
     Case(
@@ -102,6 +128,10 @@ MANIFESTS = [
     ),
     _manifest("M6-other-size", lambda root: _entry(root, "files", SINGLE).update(size=1), file=SINGLE),
     _manifest("M6-other-digest", lambda root: _flipped_digest(_entry(root, "files", SINGLE)), file=SINGLE),
+    Case("M6-changed-header", _header_hashed(_reword_header), file=SINGLE),
+    Case("M6-other-header-digest", _header_hashed(_other_header_digest), file=SINGLE),
+    _manifest("M1-header-hash-of-another-file", _header_hash_of_config),
+    _manifest("M1-two-hashes", lambda root: _entry(root, "files", SINGLE).update(header_sha256="0" * 64)),
     _manifest("M6-shard-not-listed", _without("files", SINGLE), file=SINGLE),
     Case(
         "M6-changed-manifest",

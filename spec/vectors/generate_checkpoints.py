@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import numpy as np  # noqa: E402
-from case import Case  # noqa: E402
+from case import SHARDS, Case  # noqa: E402
 from cases_container import CONTAINER, REPOSITORY  # noqa: E402
 from cases_content import COMPANIONS, CONFIG, PLACEMENT, QUANT_STATE  # noqa: E402
 from cases_manifest import FUTURE, MANIFESTS, PAIRS, SOURCES, paired  # noqa: E402
@@ -44,6 +44,13 @@ def nf4_dq() -> Checkpoint:
 def nf4_dq_two_shards() -> Checkpoint:
     """An index and two shards; every weight has its companions beside it."""
     return make_checkpoint(shards=2)
+
+
+def header_hashes() -> Checkpoint:
+    """Two shards, one listed with the hash of its header, the other with the hash of the file."""
+    checkpoint = make_checkpoint(shards=2)
+    checkpoint.header_hashed = (SHARDS[0],)
+    return checkpoint
 
 
 def llama() -> Checkpoint:
@@ -128,7 +135,7 @@ def plain_null_skip() -> Checkpoint:
 
 
 VALID: list[Callable[[], Checkpoint]] = [
-    nf4_dq, nf4_dq_two_shards, llama, nf4_float32, fp4_float16, fp4_dq, two_nested_blocks, odd_elements,
+    nf4_dq, nf4_dq_two_shards, header_hashes, llama, nf4_float32, fp4_float16, fp4_dq, two_nested_blocks, odd_elements,
     zeros_and_subnormals, zeros_with_double_quant, other_dtypes, awkward_names, plain_bitsandbytes, plain_null_skip,
 ]  # fmt: skip
 
