@@ -78,6 +78,19 @@ def test_metrics_and_curves(trained: Path) -> None:
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tensorboard_shows_the_same_losses(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "watched"
+    train(tiny_base, chats, out, report_to=("tensorboard",))
+    (events,) = {path.parent for path in (out / "runs").rglob("events.out.tfevents.*")}
+    found = EventAccumulator(str(events))
+    found.Reload()
+    lines = [line for line in metrics.read(out / "metrics.jsonl") if "loss" in line]
+    assert [scalar.step for scalar in found.Scalars("train/loss")] == [line["step"] for line in lines]
+    assert [scalar.value for scalar in found.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
+
+
 def test_what_was_in_force_replays_the_run(trained: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     finetune(prepare({}, trained / "finetune.yaml"), again)
