@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from qlformat import manifest, repository
-from qlformat.checkpoint import Checkpoint
 from qlformat.errors import FormatError, QlfError, shown
+from qlformat.hashing import hash_file
 from qlformat.layout import strict_json
 
 CONFIG_NAME = "adapter_config.json"
 """What makes a directory a peft adapter."""
+WEIGHTS_NAME = "adapter_model.safetensors"
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
@@ -37,22 +38,31 @@ class BasePin:
 
 @dataclass(frozen=True)
 class AdapterManifest:
-    """The fields of an adapter's qlf.json that every reader needs."""
+    """The fields of an adapter's qlf.json that readers know.
+
+    Attributes:
+        writer: name and version of the writing program.
+        base: the base it belongs to.
+        files: name, size and sha256 of the files that peft reads; empty where they were not recorded.
+    """
 
     writer: str
     base: BasePin
     format_version: int = manifest.FORMAT_VERSION
     must_understand: tuple[str, ...] = field(default=())
+    files: tuple[manifest.FileEntry, ...] = field(default=())
 
     def to_json(self, more: Mapping[str, Any] | None = None) -> bytes:
         """The bytes of qlf.json; `more` holds further fields, which readers ignore."""
-        fields = {
+        fields: dict[str, Any] = {
             "format_version": self.format_version,
             "kind": "adapter",
             "must_understand": list(self.must_understand),
             "writer": self.writer,
             "base": asdict(self.base),
         }
+        if self.files:
+            fields["files"] = [as_entry(entry) for entry in self.files]
         return (json.dumps({**(more or {}), **fields}, indent=2) + "\n").encode()
 
 
@@ -60,7 +70,7 @@ def parse(data: bytes) -> AdapterManifest:
     """Read an adapter's qlf.json.
 
     Raises:
-        FormatError: M1 (structure), M2 (version) or M3 (must_understand).
+        FormatError: M1 (structure), M2 (version), M3 (must_understand) or M9 (a file name that leaves the repository).
     """
     try:
         root = strict_json(data)
@@ -85,7 +95,19 @@ def parse(data: bytes) -> AdapterManifest:
     writer = root.get("writer")
     if not isinstance(writer, str) or not writer:
         raise _bad("M1", f"writer is {shown(writer)}, needed a string")
-    return AdapterManifest(writer, _pin(root.get("base")), must_understand=tuple(features))
+    pin, files = _pin(root.get("base")), _files(root.get("files", []))
+    return AdapterManifest(writer, pin, must_understand=tuple(features), files=files)
+
+
+def as_entry(file: manifest.FileEntry) -> dict[str, Any]:
+    """An entry of `files` as JSON."""
+    return {"name": file.name, "size": file.size, "sha256": file.sha256}
+
+
+def file_entries(directory: Path) -> tuple[manifest.FileEntry, ...]:
+    """Name, size and sha256 of the files of an adapter that peft reads."""
+    names = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (directory / name).is_file()]
+    return tuple(manifest.FileEntry(name, *hash_file(directory / name)) for name in names)
 
 
 def read_pin(directory: Path) -> BasePin | None:
@@ -102,32 +124,6 @@ def read_pin(directory: Path) -> BasePin | None:
     return parse(repository.read_file(directory, manifest.FILE_NAME)).base
 
 
-def check_pin(directory: Path, base: Checkpoint) -> str | None:
-    """Compare the adapter's pin with the base that it is to be used on.
-
-    The fingerprint of a base with a manifest is the recorded one (`verify` proves it); that of a plain repository is
-    computed, which reads it once.
-
-    Returns:
-        A note when the adapter is not pinned, else None.
-
-    Raises:
-        QlfError: as for read_pin; or the adapter belongs to another base.
-    """
-    pin = read_pin(directory)
-    if pin is None:
-        return f"the adapter {directory.name} is not pinned to a base; only names and shapes were compared"
-    found = base.manifest.fingerprint if base.manifest else base.fingerprint()
-    if found != pin.fingerprint:
-        home = f" ({pin.repo_id}{f'@{pin.revision}' if pin.revision else ''})" if pin.repo_id else ""
-        raise QlfError(
-            f"the adapter {directory.name} belongs to the base with fingerprint {pin.fingerprint}{home}, found "
-            f"{found}; load it on that base, or, to use it on this one all the same, load the base alone and give it "
-            "to peft's PeftModel.from_pretrained"
-        )
-    return None
-
-
 def _pin(base: object) -> BasePin:
     if not isinstance(base, dict):
         raise _bad("M1", f"base is {shown(base)}, needed an object")
@@ -141,6 +137,25 @@ def _pin(base: object) -> BasePin:
             raise _bad("M1", f"base.{key} is {shown(value)}, needed a string or null")
         names.append(value)
     return BasePin(digest, *names)
+
+
+def _files(entries: object) -> tuple[manifest.FileEntry, ...]:
+    if not isinstance(entries, list):
+        raise _bad("M1", f"files is {shown(entries)}, needed a list")
+    found = []
+    for entry in entries:
+        known = entry if isinstance(entry, dict) else {}
+        name, size, digest = known.get("name"), known.get("size"), known.get("sha256")
+        if not isinstance(name, str) or type(size) is not int or size < 0 or not isinstance(digest, str):
+            raise _bad("M1", f"files has {shown(entry)}, needed name, size and sha256")
+        if not _HEX64.fullmatch(digest):
+            raise _bad("M1", f"sha256 of {shown(name)} is {shown(digest)}, needed 64 hexadecimal digits")
+        if not manifest.is_plain_path(name):
+            raise _bad(
+                "M9", f"the file name {shown(name)} leaves the repository; only plain relative paths are allowed"
+            )
+        found.append(manifest.FileEntry(name, size, digest))
+    return tuple(found)
 
 
 def _bad(rule: str, message: str) -> FormatError:

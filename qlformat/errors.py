@@ -50,5 +50,9 @@ class TargetError(QlfError):
     """The output cannot be written: it exists, the disk is full, or it is not permitted."""
 
 
+class PinError(QlfError):
+    """An adapter belongs to another base than the one it is to be used on."""
+
+
 class NativeError(QlfError):
     """The native kernels are missing or refused their arguments."""

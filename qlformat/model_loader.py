@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlformat import adapter as adapters
+from qlformat import pins, remote, skeleton
 from qlformat import quant_storage as storage
-from qlformat import remote, skeleton
 from qlformat.checkpoint import Checkpoint, dtype_name
 from qlformat.errors import QlfError
 from qlformat.mapped import MappedTensors
@@ -32,6 +32,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     dequantize: bool = False,
     quant_storage: str | torch.dtype = "uint8",
+    allow_base_mismatch: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load a 4-bit checkpoint, of qlformat or of bitsandbytes, as a transformers model in evaluation mode.
 
@@ -49,6 +50,7 @@ def load_model(
         dequantize: give plain `nn.Linear` layers in `dtype`, by default that of config.json; bitsandbytes is not used.
         quant_storage: dtype that the packed weights are viewed as: "uint8" as stored, or "bfloat16", "float16",
             "float32" for FSDP, which shards no integers. The bytes stay the same.
+        allow_base_mismatch: put an adapter that is pinned to another base on this one all the same, with a note.
 
     Returns:
         The model; with an adapter, peft's PeftModel around it. `model.qlf_notes` is a tuple of lines that a user
@@ -68,7 +70,7 @@ def load_model(
     adapter_directory = None if adapter is None else remote.local_directory(adapter)
     with Checkpoint(directory) as checkpoint:
         if adapter_directory is not None:
-            note = adapters.check_pin(adapter_directory, checkpoint)
+            note = pins.check_opened(adapter_directory, checkpoint, allowed=allow_base_mismatch)
             notes += [note] if note else []
         if dequantize:
             model = _dense(checkpoint, device, device_map, wanted)

@@ -21,7 +21,7 @@ _MERGE_GAP = 64 << 10
 _REQUESTS = 8
 _TIMEOUT_SECONDS = 30.0
 _MAX_SKIPPED = 16 << 20
-_IGNORED = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "original/*", "onnx/*")
+IGNORED = ("*.bin", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "original/*", "onnx/*")
 
 Range = tuple[int, int]
 
@@ -77,7 +77,7 @@ def local_directory(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=list(_IGNORED)))
+        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=list(IGNORED)))
     except Exception as error:
         _raise_hub_error(error, str(path))
 

@@ -151,7 +151,7 @@ def open_source(src: str | Path) -> Source:
     """
     path = Path(src)
     if path.is_dir():
-        source = Source(path, *_cached_identity(path))
+        source = Source(path, *cached_identity(path))
     elif path.is_file():
         source = Source(path.parent)
     else:
@@ -174,7 +174,7 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None
 
 
-def _cached_identity(path: Path) -> tuple[str | None, str | None]:
+def cached_identity(path: Path) -> tuple[str | None, str | None]:
     """(repo_id, commit) of a snapshot directory in the Hub cache, (None, None) elsewhere."""
     parts = path.resolve().parts
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):

@@ -73,6 +73,7 @@ class Summary:
         shards: weight file -> size in bytes.
         tensors: one row for each weight.
         notes: what could not be known.
+        fetched_bytes: bytes of file content that were fetched from the Hub; None for a directory.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Summary:
     shards: Mapping[str, int]
     tensors: tuple[TensorRow, ...] = field(repr=False)
     notes: tuple[str, ...]
+    fetched_bytes: int | None = None
 
     @property
     def unquantized_share(self) -> float:
@@ -170,6 +172,7 @@ class _Summarizer:
             shards={name: self._files.sizes[name] for name in self._names},
             tensors=rows,
             notes=self._notes(),
+            fetched_bytes=getattr(self._files, "transferred", None),
         )
 
     def _format(self) -> str:

@@ -73,6 +73,8 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "written by", summary.writer
     if summary.fingerprint:
         yield "fingerprint", summary.fingerprint
+    if summary.fetched_bytes is not None:
+        yield "fetched", f"{output.size(summary.fetched_bytes)}: headers only"
 
 
 def _list(summary: Summary) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qlformat
-from qlformat import manifest
-from qlformat.adapter import CONFIG_NAME, AdapterManifest, BasePin
+from qlformat import cards, manifest
+from qlformat.adapter import CONFIG_NAME, AdapterManifest, BasePin, file_entries
+from qlformat.cards.document import FILE_NAME as README
 from qlformat.finetune import checkpointing, fixed_part, metrics
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def write(
     fields = _fields(prepared, outcome, report)
     writer = f"qlformat {qlformat.__version__}"
     pin = BasePin(prepared.base.fingerprint, prepared.base.repo_id, prepared.base.revision)
-    (work / manifest.FILE_NAME).write_bytes(AdapterManifest(writer, pin).to_json(fields))
-    (work / "README.md").write_text(_card(prepared, report), encoding="utf-8")
+    made = AdapterManifest(writer, pin, files=file_entries(work))
+    (work / manifest.FILE_NAME).write_bytes(made.to_json(fields))
+    (work / README).unlink(missing_ok=True)  # peft's empty form
+    cards.write_card(work, name=report.out.resolve().name, online=False)
 
 
 def _sort_targets(path: Path) -> None:
@@ -88,7 +91,13 @@ def _fields(prepared: Prepared, outcome: Outcome, report: FinetuneReport) -> dic
     held_out = prepared.held_out
     return {
         "base_recipe": prepared.base.recipe,
-        "method": {"peft_type": "LORA", "trainable": outcome.trainable.params, "layers": outcome.trainable.layers},
+        "base_source": prepared.base.source,
+        "method": {
+            "peft_type": "LORA",
+            "trainable": report.trainable,
+            "params": report.params,
+            "layers": outcome.trainable.layers,
+        },
         "options": prepared.options.as_dict(),
         "options_from": dict(prepared.sources),
         "seeds": {"seed": prepared.options.seed},
@@ -125,71 +134,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _metadata(prepared: Prepared) -> dict[str, Any]:
-    """The card's YAML. The Hub takes repositories alone as base_model: a local base is named by what it was made of."""
-    head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    home = prepared.base.repo_id or prepared.base.source
-    if home is not None:
-        head |= {"base_model": home, "base_model_relation": "adapter"}
-    if prepared.train.repo_id is not None:
-        head["datasets"] = [prepared.train.repo_id]
-    return {**head, "tags": ["qlora", "lora", "nf4", "qlformat"]}
-
-
-_FIXED_PART = """
-PiSSA: half of the adapter's ranks were trained, the others take out of the base what those began as."""
-
-
-def _card(prepared: Prepared, report: FinetuneReport) -> str:
-    """The model card: how to load it, what it was trained on, how it went."""
-    base, options, data = prepared.base, prepared.options, prepared.train
-    front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in _metadata(prepared).items())
-    title = _title(base)
-    data_name = Path(data.name).name if data.files else data.name
-    losses = [f"| training loss at the end | {report.train_loss:.4f} |"] if report.train_loss is not None else []
-    if report.eval_loss is not None:
-        losses += [f"| held-out loss, before -> after | {report.eval_start:.4f} -> {report.eval_loss:.4f} |"]
-    share = 100 * report.trainable / report.params
-    used = [f"| {name} | {value} |" for name, value in options.as_dict().items() if value not in (None, [], False)]
-    return f"""---
-{front}---
-
-# A LoRA adapter for {title}
-
-Trained with `qlf finetune` (QLoRA) on a 4-bit base: {report.trainable:,} parameters,
-{share:.2f} % of the base's {report.params:,}.{_FIXED_PART if options.init == "pissa" else ""}
-
-```python
-import transformers, peft
-
-base = transformers.AutoModelForCausalLM.from_pretrained({(base.repo_id or title)!r})
-model = peft.PeftModel.from_pretrained(base, "this directory or repository")
-```
-
-It belongs to the base with fingerprint `{base.fingerprint}`.
-
-## How it went
-
-![loss]({metrics.CURVES})
-
-| | |
-|---|---|
-| updates | {report.steps} |
-{chr(10).join(losses)}
-
-## Data
-
-{len(data)} rows of {data_name} (format {data.format}), {prepared.stats.tokens:,} tokens, of these
-{prepared.stats.trained_tokens:,} trained.
-Rows sha256 `{data.sha256}`.
-
-## Options
-
-`{checkpointing.OPTIONS_FILE}` replays the run; `qlf.json` has versions and hashes.
-
-| option | value |
-|---|---|
-{chr(10).join(used)}
-"""

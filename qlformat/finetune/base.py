@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlformat import adapter, manifest, remote, repository
 from qlformat.checkpoint import Checkpoint
 from qlformat.errors import QlfError
+from qlformat.source import cached_identity
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ class Base:
         params: weights of the model, 4-bit ones counted as what they stand for.
         modules: names of the modules with a weight; linears: last parts of the names of the quantized ones.
         context: the longest sequence that the model was made for, or None where config.json does not say.
-        repo_id, revision: where it is on the Hub, or None.
+        repo_id, revision: repository and commit on the Hub, or None.
         source: the Hub repository that it was converted from, or None.
     """
 
@@ -75,12 +76,10 @@ def open_base(name: str) -> Base:
         quantized = {name.rpartition(".")[2] for name, weight in modules.items() if weight.quant_state is not None}
         source = recorded.source.repo_id if recorded is not None else None
     text = config.get("text_config", config)
-    repo_id, _, revision = name.partition("@")
-    on_hub = not Path(name).exists()
+    repo_id, revision = cached_identity(directory)
     return Base(
         name, directory, found, _recipe(directory), params, frozenset(modules), tuple(sorted(quantized)),
-        text.get("max_position_embeddings"), repo_id if on_hub else None,
-        (revision or directory.name) if on_hub else None, source,
+        text.get("max_position_embeddings"), repo_id, revision, source,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat import __version__
-from qlformat.adapter import CONFIG_NAME, AdapterManifest
+from qlformat.adapter import CONFIG_NAME, AdapterManifest, file_entries
 from qlformat.errors import QlfError
 from qlformat.manifest import FILE_NAME as MANIFEST_NAME
 from qlformat.merge.adapter_files import WEIGHTS_NAME, AdapterFiles, config_json
@@ -59,7 +59,7 @@ def write(
     (directory / CONFIG_NAME).write_bytes(config_json(_config(adapters, top)))
     pins = [adapter.pin for adapter in adapters if adapter.pin is not None]
     if pins and len(pins) == len(adapters):
-        manifest = AdapterManifest(f"qlformat {__version__}", pins[0])
+        manifest = AdapterManifest(f"qlformat {__version__}", pins[0], files=file_entries(directory))
         (directory / MANIFEST_NAME).write_bytes(manifest.to_json(extra))
     return top, worst
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qlformat import pins
 from qlformat.errors import QlfError
 from qlformat.merge.adapter_files import AdapterFiles
 from qlformat.merge.base import Base
@@ -23,33 +24,14 @@ def check_pins(base: Base, adapters: Sequence[AdapterFiles], allowed: bool) -> l
         QlfError: an adapter belongs to another base, unless that is `allowed`.
     """
     notes = differing_pins(adapters, allowed)
-    for adapter in adapters:
-        if adapter.pin is None:
-            notes.append(f"the adapter {adapter.name} is not pinned to a base; only names and shapes were compared")
-        elif adapter.pin.fingerprint != base.fingerprint:
-            found = f"found {base.fingerprint}" if base.fingerprint else "found a model that is not in 4 bits"
-            if not allowed:
-                raise QlfError(
-                    f"the adapter {adapter.name} belongs to the base with fingerprint {adapter.pin.fingerprint}, "
-                    f"{found}; give that base (and this one as --source if it was made from it), or use "
-                    "--allow-base-mismatch"
-                )
-            notes.append(f"the adapter {adapter.name} was trained on another base; merged all the same, as asked")
-    return notes
+    found = pins.FoundBase("", base.fingerprint)
+    compared = [pins.compare(adapter.name, adapter.pin, found, allowed=allowed) for adapter in adapters]
+    return [*notes, *(note for note in compared if note)]
 
 
 def differing_pins(adapters: Sequence[AdapterFiles], allowed: bool) -> list[str]:
     """Refuse adapters of different bases together, unless that is allowed; returns notes."""
-    pins = {adapter.pin.fingerprint: adapter for adapter in adapters if adapter.pin is not None}
-    if len(pins) < 2:
-        return []
-    names = " and ".join(adapter.name for adapter in pins.values())
-    if not allowed:
-        raise QlfError(
-            f"the adapters {names} were trained on different bases; merge those of one base, or use "
-            "--allow-base-mismatch"
-        )
-    return [f"the adapters {names} were trained on different bases; merged all the same, as asked"]
+    return pins.check_together([(adapter.name, adapter.pin) for adapter in adapters], allowed=allowed)
 
 
 def check_source(base: Base, original: Base) -> None:

@@ -1,0 +1,104 @@
+"""The error picture of a card: the relative error of every quantized weight against its layer."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from qlformat.errors import QlfError
+from qlformat.manifest import WeightEntry
+
+FILE_NAME = "quantization-error.png"
+MOST_KINDS = 12
+"""Lines that can be told apart."""
+
+# Attention in blues and greens, MLP in warm colours; other names take what is left.
+_COLOURS = {
+    "q_proj": "#08519c",
+    "k_proj": "#4292c6",
+    "v_proj": "#1b9e77",
+    "o_proj": "#7570b3",
+    "gate_proj": "#d95f02",
+    "up_proj": "#e6ab02",
+    "down_proj": "#b2182b",
+}
+_OTHER_COLOURS = (
+    "#08519c", "#d95f02", "#1b9e77", "#b2182b", "#7570b3", "#e6ab02", "#4292c6", "#66a61e", "#a6761d", "#666666",
+    "#e7298a", "#1f78b4",
+)  # fmt: skip
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.(.+)\.weight$")
+
+Errors = Mapping[str, Mapping[int, float]]
+
+
+def errors_by_kind(weights: Iterable[WeightEntry]) -> dict[str, dict[int, float]]:
+    """{kind: {layer: relative error}} of the quantized weights in numbered layers.
+
+    A kind is the last part of a weight's name, or all of it within the layer where the last part is not unique.
+    """
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for weight in weights:
+        match = _LAYER.search(weight.name)
+        if match and weight.relative_error is not None:
+            found[match[2]][int(match[1])] = weight.relative_error
+    last = [kind.rpartition(".")[2] for kind in found]
+    return {
+        short if last.count(short) == 1 else kind: dict(sorted(errors.items()))
+        for (kind, errors), short in zip(found.items(), last, strict=True)
+    }
+
+
+def drawable(errors: Errors) -> bool:
+    """Whether there is a line to draw."""
+    return any(len(layers) > 1 for layers in errors.values())
+
+
+def draw(errors: Errors, title: str, path: Path) -> None:
+    """Draw one line for each kind over the layers, each named at its right end: a PNG, the same for the same errors.
+
+    Of more than MOST_KINDS the ones with the largest errors are drawn.
+
+    Raises:
+        QlfError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise QlfError("drawing needs matplotlib: pip install matplotlib") from None
+    worst = sorted(errors, key=lambda kind: -max(errors[kind].values()))[:MOST_KINDS]
+    kinds = [kind for kind in errors if kind in worst]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    known = set(kinds) <= set(_COLOURS)
+    ends = []
+    for position, kind in enumerate(kinds):
+        colour = _COLOURS[kind] if known else _OTHER_COLOURS[position % len(_OTHER_COLOURS)]
+        layers, values = zip(*errors[kind].items(), strict=True)
+        axes.plot(layers, [100 * value for value in values], color=colour, linewidth=1.8, marker="o", markersize=2)
+        ends.append((100 * values[-1], layers[-1], kind, colour))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    first, end = axes.get_xlim()
+    height = low
+    for value, layer, kind, colour in sorted(ends):
+        height = max(value, height + 0.045 * (high - low))  # labels of close lines are moved apart
+        axes.annotate(
+            kind, (layer, value), (end + 0.02 * (end - first), height), color=colour, va="center", fontsize=10,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip
+    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=12, pad=12)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("quantization error, RMS (% of the weights' RMS)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=140, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise QlfError(f"{path}: the picture cannot be written: {error.strerror}; choose another place") from None
