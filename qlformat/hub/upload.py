@@ -1,0 +1,236 @@
+"""Send the files of a plan and make them visible by one commit on a pinned parent."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from qlformat.errors import QlfError
+from qlformat.hub.client import FIRST_WAIT_SECONDS, TIMEOUT_SECONDS, HubClient, RemoteState
+from qlformat.hub.contents import is_weights
+from qlformat.hub.plan import Plan, PlannedFile, differences
+from qlformat.hub.refusals import RETRIED, Conflict, HubError, is_unreachable, status_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+    CommitOperation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+
+_MOVED = (409, 412)
+"""Statuses for a commit whose parent is not the branch's head."""
+
+
+class Upload:
+    """One push of one plan.
+
+    Args:
+        client: the hub.
+        repo_id: exists.
+        revision: the branch.
+        plan: what to send.
+        new_branch: make the branch, at the plan's parent, when everything has arrived.
+    """
+
+    def __init__(self, client: HubClient, repo_id: str, revision: str, plan: Plan, *, new_branch: bool) -> None:
+        self._client = client
+        self._repo_id = repo_id
+        self._revision = revision
+        self._plan = plan
+        self._new_branch = new_branch
+        self._target = f"{repo_id}@{revision}"
+
+    def run(self, message: str, description: str, *, create_pr: bool = False) -> tuple[str, str]:
+        """Send, commit and compare.
+
+        Returns:
+            (commit, its address).
+
+        Raises:
+            Conflict, HubError, QlfError: see push.send.
+        """
+        client, plan = self._client, self._plan
+        if plan.empty and plan.parent is not None:
+            self._make_branch()
+            return plan.parent, self._url(plan.parent)
+        with ExitStack() as open_files:
+            additions = self._additions(open_files, create_pr=create_pr)
+            self._send(additions, create_pr=create_pr)
+            self._check_unchanged(additions)
+            self._make_branch()
+            if create_pr:
+                found = client.call(
+                    self._target, lambda: self._commit(additions, message, description, create_pr=True), tries=1
+                )
+                commit, url = found.oid, found.pr_url
+            else:
+                commit = self._commit_once(additions, message, description)
+                url = self._url(commit)
+        self._compare(commit, withdraw=not create_pr)
+        return commit, url
+
+    def _additions(self, open_files: ExitStack, *, create_pr: bool) -> list[tuple[PlannedFile, CommitOperationAdd]]:
+        from huggingface_hub import CommitOperationAdd, constants
+
+        by_xet = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+        taken = by_xet and self._takes_xet(create_pr=create_pr)
+        found = []
+        for file in self._plan.to_send:
+            addition = CommitOperationAdd(file.local.name, str(file.local.path))
+            if not taken:  # xet hashes what it sends, which is then compared; LFS hubs do on receipt
+                addition.upload_info.sha256 = bytes.fromhex(file.sha256)
+            if by_xet and not taken:  # the client sends an open file by LFS, a path always by xet
+                addition.path_or_fileobj = open_files.enter_context(file.local.path.open("rb"))
+            found.append((file, addition))
+        return found
+
+    def _takes_xet(self, *, create_pr: bool) -> bool:
+        """Whether the hub takes xet from here; the client itself never falls back to LFS."""
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but without __all__
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        url = f"{self._client.api.endpoint}/api/models/{self._repo_id}/xet-write-token/main"
+
+        def ask() -> bool:
+            parameters = {"create_pr": "1"} if create_pr else None
+            response = get_session().get(url, headers=build_hf_headers(), params=parameters, timeout=TIMEOUT_SECONDS)
+            if response.status_code == 404:
+                return False
+            hf_raise_for_status(response)
+            return True
+
+        return self._client.call(self._target, ask)
+
+    def _send(self, additions: list[tuple[PlannedFile, CommitOperationAdd]], *, create_pr: bool) -> None:
+        """Send weights, then the rest, to where only their content names them."""
+        # A branch that is yet to be made has the files of main.
+        revision = None if self._new_branch or create_pr else self._revision
+        for weights in (True, False):
+            batch = [addition for file, addition in additions if is_weights(file.local.name) == weights]
+            if batch:
+                self._client.call(
+                    self._target,
+                    lambda batch=batch: self._client.api.preupload_lfs_files(  # type: ignore[misc]
+                        self._repo_id, batch, revision=revision, create_pr=create_pr, free_memory=False
+                    ),
+                    tries=1,  # the client tries each request again itself
+                )
+
+    def _check_unchanged(self, additions: list[tuple[PlannedFile, CommitOperationAdd]]) -> None:
+        for file, addition in additions:
+            info = addition.upload_info
+            if not file.local.unchanged() or (info.is_hashed and info.sha256.hex() != file.sha256):
+                raise QlfError(
+                    f"{file.local.name} changed while it was being sent; nothing was published: run it again"
+                )
+
+    def _make_branch(self) -> None:
+        if self._new_branch:
+            api, parent = self._client.api, self._plan.parent
+            self._client.call(
+                self._target,
+                lambda: api.create_branch(self._repo_id, branch=self._revision, revision=parent, exist_ok=True),
+            )
+
+    def _commit(
+        self,
+        additions: list[tuple[PlannedFile, CommitOperationAdd]],
+        message: str,
+        description: str,
+        *,
+        create_pr: bool = False,
+    ) -> Any:
+        from huggingface_hub import CommitOperationDelete
+
+        operations: list[CommitOperation] = [
+            *(addition for _, addition in additions),
+            *(CommitOperationDelete(name, is_folder=False) for name in self._plan.removed),
+        ]
+        return self._client.api.create_commit(
+            self._repo_id,
+            operations,
+            commit_message=message,
+            commit_description=description,
+            revision=None if create_pr else self._revision,
+            parent_commit=self._plan.parent,
+            create_pr=create_pr,
+        )
+
+    def _commit_once(
+        self, additions: list[tuple[PlannedFile, CommitOperationAdd]], message: str, description: str
+    ) -> str:
+        """Commit exactly once, though an answer may get lost: before a further try, the branch itself is asked."""
+        client = self._client
+        for attempt in range(1, client.tries + 1):
+            try:
+                return str(self._commit(additions, message, description).oid)
+            except Exception as error:
+                status = status_of(error)
+                moved = status in _MOVED
+                if not (moved or status in RETRIED or is_unreachable(error)):
+                    raise client.explained(error, self._target, attempt) from None
+                head = client.state(self._repo_id, self._revision)
+                if head is not None and head.commit is not None and head.commit != self._plan.parent:
+                    return self._ours_or_conflict(head)
+                if moved or attempt == client.tries:
+                    raise client.explained(error, self._target, attempt) from None
+                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+        raise HubError(f"{self._target}: nothing was committed")  # tries is at least 1
+
+    def _ours_or_conflict(self, head: RemoteState) -> str:
+        """The head's commit when it is this push's, whose answer was lost."""
+        if head.commit is not None and not differences(self._plan, head):
+            return head.commit
+        raise Conflict(
+            f"{self._target} was changed by somebody else meanwhile: found the commit {head.commit}, needed "
+            f"{self._plan.parent}; nothing was overwritten: look at it, then push again"
+        )
+
+    def _compare(self, commit: str, *, withdraw: bool) -> None:
+        """Compare the hub's hashes with those that were verified, and take the commit back when they differ."""
+        state = self._client.state(self._repo_id, commit)
+        wrong = differences(self._plan, state) if state is not None else ["the repository is gone"]
+        if not wrong:
+            return
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        happened = f"{self._target}: after the upload {wrong[0]}{more}"
+        if not withdraw:
+            raise HubError(f"{happened}; close the proposed change")
+        try:
+            self._withdraw(commit)
+        except QlfError as error:
+            raise HubError(f"{happened}; and the commit {commit} could not be taken back: {error}") from None
+        raise HubError(f"{happened}; the commit was taken back: run it again, or look into the hub's storage")
+
+    def _withdraw(self, commit: str) -> None:
+        """A commit on top of `commit` that has the files of the parent again."""
+        from huggingface_hub import CommitOperationCopy, CommitOperationDelete
+
+        parent = self._plan.parent
+        before = self._client.state(self._repo_id, parent) if parent is not None else None
+        files = before.files if before is not None else {}
+        touched = [*(file.local.name for file in self._plan.to_send), *self._plan.removed]
+        operations: list[CommitOperation] = [
+            CommitOperationCopy(name, name, src_revision=parent)
+            if name in files
+            else CommitOperationDelete(name, is_folder=False)
+            for name in touched
+        ]
+        self._client.call(
+            self._target,
+            lambda: self._client.api.create_commit(
+                self._repo_id,
+                operations,
+                commit_message="Take back a commit whose files differ from those that were sent",
+                revision=self._revision,
+                parent_commit=commit,
+            ),
+            tries=1,
+        )
+
+    def _url(self, commit: str) -> str:
+        return f"{self._client.host}/{self._repo_id}/tree/{commit}"
