@@ -24,6 +24,11 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "finetune": "Train a LoRA adapter on a 4-bit checkpoint.",
         "merge": "Put adapters into a base, and measure what was kept of them.",
         "estimate": "Say how much memory fine-tuning a model takes.",
+        "push": "Publish a checkpoint, an adapter or a model on a hub, verified, as one commit.",
+        "pull": "Fetch a model or an adapter from a hub, verified.",
+        "adapters": "List the adapters on a hub for a base, and whether they fit it.",
+        "card": "Write the model card.",
+        "hub": "Serve a small hub of your own.",
     }
 )
 """Command -> its line in `qlf --help`. Each is the `command` of the module qlf.<name>."""
