@@ -1,8 +1,9 @@
 """Write a Llama with random weights: a real architecture at any size, in seconds.
 
-    python benchmarks/make_random_llama.py OUT [--shape 1b|4b-wide|4b-deep] [--dtype float16|bfloat16] [--shards 2]
+    python benchmarks/make_random_llama.py OUT [--shape 1b|1.6b|4b-wide|4b-deep] [--dtype float16|bfloat16] [--shards 2]
 
     1b        1.100e9 parameters, TinyLlama-1.1B's shapes
+    1.6b      1.584e9, the same tensors in 33 layers: 1.0 GB in 4 bits
     4b-wide   4.5e9, 4.1 times as many: twice the hidden size, so every tensor is larger
     4b-deep   4.4e9, 4.0 times as many: the same tensors in 97 layers
 
@@ -62,6 +63,7 @@ class Shape:
 
 SHAPES = {
     "1b": Shape(hidden=2048, intermediate=5632, layers=22, heads=32, kv_heads=4),
+    "1.6b": Shape(hidden=2048, intermediate=5632, layers=33, heads=32, kv_heads=4),
     "4b-wide": Shape(hidden=4096, intermediate=11264, layers=24, heads=32, kv_heads=4),
     "4b-deep": Shape(hidden=2048, intermediate=5632, layers=97, heads=32, kv_heads=4),
 }

@@ -16,6 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat.errors import NativeError, SourceError
+from qlformat.native_arrays import (
+    DTYPES,
+    Array,
+    checked,
+    choice,
+    disjoint,
+    float32_cell,
+    integer,
+    isa_level,
+    levels_of,
+    raise_for,
+    storage,
+)
 from qlformat.native_library import available, library, why_unavailable
 
 __all__ = [
@@ -33,18 +46,13 @@ __all__ = [
     "why_unavailable",
 ]
 
-ISA_LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
 MAX_THREADS = 256
 NESTED_BLOCKSIZE = 256
 
-Array = npt.NDArray[Any]
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
-_BEST_ISA = -1
 _NOT_FINITE = 2
-_UNSUPPORTED_ISA = 3
-_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 _QUANT_TYPES = {"nf4": 0, "fp4": 1}
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _CACHE_LINE = 64
@@ -62,8 +70,7 @@ class NonFiniteError(SourceError):
 
 def isa_levels() -> list[str]:
     """Names of the instruction sets that this library and processor can run; "scalar" is always among them."""
-    kernels = library()
-    return [name for name, level in ISA_LEVELS.items() if kernels.qlf_isa_supported(level)]
+    return levels_of(library())
 
 
 def default_threads() -> int:
@@ -73,65 +80,10 @@ def default_threads() -> int:
     return min(os.cpu_count() or 1, MAX_THREADS)
 
 
-def _choice(what: str, value: str, choices: dict[str, int]) -> int:
-    if value not in choices:
-        raise NativeError(f"{what}: found {value!r}, needed one of {', '.join(choices)}")
-    return choices[value]
-
-
-def _isa(isa: str | None) -> int:
-    wanted = isa or os.environ.get("QLF_ISA")
-    return _choice("isa", wanted, ISA_LEVELS) if wanted else _BEST_ISA
-
-
-def _integer(what: str, value: Any, least: int, most: int = 1 << 48) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number <= most:
-        raise NativeError(f"{what}: found {value!r}, needed an integer from {least} to {most}")
-    return number
-
-
 def _checked_blocksize(blocksize: Any) -> int:
-    if _integer("blocksize", blocksize, _BLOCKSIZES[0], _BLOCKSIZES[-1]) not in _BLOCKSIZES:
+    if integer("blocksize", blocksize, _BLOCKSIZES[0], _BLOCKSIZES[-1]) not in _BLOCKSIZES:
         raise NativeError(f"blocksize: found {blocksize!r}, needed one of {', '.join(map(str, _BLOCKSIZES))}")
     return operator.index(blocksize)
-
-
-def _float32(what: str, value: Any) -> F32:
-    """One float32 in memory. A np.float32 is copied, not converted: flush-to-zero would lose a subnormal one."""
-    try:
-        return np.array([value], dtype=np.float32)
-    except (TypeError, ValueError):
-        raise NativeError(f"{what}: found {value!r}, needed a number") from None
-
-
-def _storage(dtype: str) -> tuple[npt.DTypeLike, ...]:
-    """NumPy dtypes that hold elements of `dtype`; the first is the one returned."""
-    _choice("dtype", dtype, _DTYPES)
-    return {"float32": (np.float32,), "float16": (np.float16, np.uint16), "bfloat16": (np.uint16,)}[dtype]
-
-
-def _checked(name: str, array: Array, dtypes: Sequence[npt.DTypeLike], size: int, *, writable: bool = False) -> int:
-    """Address of a C-contiguous array of exactly `size` elements of one of `dtypes`."""
-    if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
-        needed = " or ".join(str(np.dtype(dtype)) for dtype in dtypes)
-        raise NativeError(f"{name}: found {getattr(array, 'dtype', type(array).__name__)}, needed {needed}")
-    if array.size != size:
-        raise NativeError(f"{name}: found {array.size} elements, needed {size}")
-    if not array.flags.c_contiguous or (writable and not array.flags.writeable):
-        raise NativeError(f"{name}: needed a C-contiguous{' writable' if writable else ''} array")
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def _disjoint(outputs: Sequence[Array], inputs: Sequence[Array]) -> None:
-    arrays = [*outputs, *inputs]
-    for i, output in enumerate(outputs):
-        if any(np.may_share_memory(output, other) for other in arrays[i + 1 :]):
-            raise NativeError("an output array overlaps another array; pass separate memory")
 
 
 def _aligned(size: int, dtype: npt.DTypeLike) -> Array:
@@ -140,13 +92,6 @@ def _aligned(size: int, dtype: npt.DTypeLike) -> Array:
     raw = np.empty(nbytes + _CACHE_LINE, dtype=np.uint8)
     start = -raw.__array_interface__["data"][0] % _CACHE_LINE
     return raw[start : start + nbytes].view(dtype)
-
-
-def _raise(status: int) -> None:
-    if status == _UNSUPPORTED_ISA:
-        raise NativeError(f"isa: this processor or library has only {', '.join(isa_levels())}")
-    if status:
-        raise NativeError(f"the native kernels refused their arguments (status {status})")
 
 
 def _blocks(n: int, blocksize: int) -> int:
@@ -186,38 +131,38 @@ def quantize(
     """
     kernels = library()
     blocksize = _checked_blocksize(blocksize)
-    source = _checked("src", src, _storage(dtype), getattr(src, "size", 0))
+    source = checked("src", src, storage(dtype), getattr(src, "size", 0))
     nb = _blocks(src.size, blocksize)
     packed = np.empty(_blocks(src.size, 2), dtype=np.uint8) if packed is None else packed
     absmax = np.empty(nb, dtype=np.float32) if absmax is None else absmax
     targets = [
-        _checked("packed", packed, (np.uint8,), _blocks(src.size, 2), writable=True),
-        _checked("absmax", absmax, (np.float32,), nb, writable=True),
-        None if moments is None else _checked("moments", moments, (np.float32,), 3 * nb, writable=True),
+        checked("packed", packed, (np.uint8,), _blocks(src.size, 2), writable=True),
+        checked("absmax", absmax, (np.float32,), nb, writable=True),
+        None if moments is None else checked("moments", moments, (np.float32,), 3 * nb, writable=True),
     ]
-    _disjoint([packed, absmax, *([] if moments is None else [moments])], [src])
+    disjoint([packed, absmax, *([] if moments is None else [moments])], [src])
     bad_block = ctypes.c_uint64()
     status = kernels.qlf_quantize(
         source,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         src.size,
-        _choice("quant_type", quant_type, _QUANT_TYPES),
+        choice("quant_type", quant_type, _QUANT_TYPES),
         blocksize,
         *targets,
         ctypes.byref(bad_block),
-        _integer("threads", threads, 1, MAX_THREADS),
-        _isa(isa),
+        integer("threads", threads, 1, MAX_THREADS),
+        isa_level(isa),
     )
     if status == _NOT_FINITE:
         raise NonFiniteError(bad_block.value, blocksize)
-    _raise(status)
+    raise_for(kernels, status)
     return packed, absmax
 
 
 def _decode_target(n: int, dtype: str, out: Array | None, inputs: Sequence[Array]) -> tuple[Array, int]:
-    out = _aligned(n, _storage(dtype)[0]) if out is None else out
-    address = _checked("out", out, _storage(dtype), n, writable=True)
-    _disjoint([out], inputs)
+    out = _aligned(n, storage(dtype)[0]) if out is None else out
+    address = checked("out", out, storage(dtype), n, writable=True)
+    disjoint([out], inputs)
     return out, address
 
 
@@ -244,22 +189,22 @@ def dequantize(
         NativeError: unusable arguments, or no library.
     """
     kernels = library()
-    n, blocksize = _integer("n", n, 0), _checked_blocksize(blocksize)
-    codes = _checked("packed", packed, (np.uint8,), _blocks(n, 2))
-    scales = _checked("absmax", absmax, (np.float32,), _blocks(n, blocksize))
+    n, blocksize = integer("n", n, 0), _checked_blocksize(blocksize)
+    codes = checked("packed", packed, (np.uint8,), _blocks(n, 2))
+    scales = checked("absmax", absmax, (np.float32,), _blocks(n, blocksize))
     out, target = _decode_target(n, dtype, out, [packed, absmax])
     status = kernels.qlf_dequantize(
         codes,
         scales,
         n,
-        _choice("quant_type", quant_type, _QUANT_TYPES),
+        choice("quant_type", quant_type, _QUANT_TYPES),
         blocksize,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         target,
-        _integer("threads", threads, 1, MAX_THREADS),
-        _isa(isa),
+        integer("threads", threads, 1, MAX_THREADS),
+        isa_level(isa),
     )
-    _raise(status)
+    raise_for(kernels, status)
     return out
 
 
@@ -288,31 +233,31 @@ def dequantize_nested(
     Returns, raises: as `dequantize`.
     """
     kernels = library()
-    n, blocksize = _integer("n", n, 0), _checked_blocksize(blocksize)
-    first_block, nb = _integer("first_block", first_block, 0), _blocks(n, blocksize)
+    n, blocksize = integer("n", n, 0), _checked_blocksize(blocksize)
+    first_block, nb = integer("first_block", first_block, 0), _blocks(n, blocksize)
     nested_size, needed = getattr(nested_absmax, "size", 0), _blocks(first_block + nb, NESTED_BLOCKSIZE)
     if nb and nested_size < needed:
         raise NativeError(f"nested_absmax: found {nested_size} elements, needed {needed} for first_block {first_block}")
     addresses = [
-        _checked("packed", packed, (np.uint8,), _blocks(n, 2)),
-        _checked("absmax", absmax, (np.uint8,), nb),
-        _checked("nested_absmax", nested_absmax, (np.float32,), nested_size),
+        checked("packed", packed, (np.uint8,), _blocks(n, 2)),
+        checked("absmax", absmax, (np.uint8,), nb),
+        checked("nested_absmax", nested_absmax, (np.float32,), nested_size),
     ]
     out, target = _decode_target(n, dtype, out, [packed, absmax, nested_absmax])
-    offset = _float32("nested_offset", nested_offset)
+    offset = float32_cell("nested_offset", nested_offset)
     status = kernels.qlf_dequantize_nested(
         *addresses,
         offset.ctypes.data,
         first_block,
         n,
-        _choice("quant_type", quant_type, _QUANT_TYPES),
+        choice("quant_type", quant_type, _QUANT_TYPES),
         blocksize,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         target,
-        _integer("threads", threads, 1, MAX_THREADS),
-        _isa(isa),
+        integer("threads", threads, 1, MAX_THREADS),
+        isa_level(isa),
     )
-    _raise(status)
+    raise_for(kernels, status)
     return out
 
 
@@ -324,7 +269,7 @@ def double_quantize(absmax: F32, *, threads: int = 1) -> tuple[U8, F32, np.float
         NativeError: unusable arguments, or no library.
     """
     kernels = library()
-    source = _checked("absmax", absmax, (np.float32,), max(getattr(absmax, "size", 0), 1))
+    source = checked("absmax", absmax, (np.float32,), max(getattr(absmax, "size", 0), 1))
     codes = np.empty(absmax.size, dtype=np.uint8)
     nested = np.empty(_blocks(absmax.size, NESTED_BLOCKSIZE), dtype=np.float32)
     offset, bad = np.empty(1, dtype=np.float32), ctypes.c_uint64()
@@ -335,11 +280,11 @@ def double_quantize(absmax: F32, *, threads: int = 1) -> tuple[U8, F32, np.float
         nested.ctypes.data,
         offset.ctypes.data,
         ctypes.byref(bad),
-        _integer("threads", threads, 1, MAX_THREADS),
+        integer("threads", threads, 1, MAX_THREADS),
     )
     if status == _NOT_FINITE:
         raise NonFiniteError(bad.value, 1)
-    _raise(status)
+    raise_for(kernels, status)
     return codes, nested, offset[0]
 
 
@@ -350,11 +295,11 @@ def double_dequantize(codes: U8, nested_absmax: F32, offset: float | np.float32)
         NativeError: unusable arguments, or no library.
     """
     kernels = library()
-    source = _checked("codes", codes, (np.uint8,), getattr(codes, "size", 0))
-    nested = _checked("nested_absmax", nested_absmax, (np.float32,), _blocks(codes.size, NESTED_BLOCKSIZE))
+    source = checked("codes", codes, (np.uint8,), getattr(codes, "size", 0))
+    nested = checked("nested_absmax", nested_absmax, (np.float32,), _blocks(codes.size, NESTED_BLOCKSIZE))
     absmax = np.empty(codes.size, dtype=np.float32)
-    cell = _float32("offset", offset)
-    _raise(kernels.qlf_double_dequantize(source, nested, cell.ctypes.data, codes.size, absmax.ctypes.data))
+    cell = float32_cell("offset", offset)
+    raise_for(kernels, kernels.qlf_double_dequantize(source, nested, cell.ctypes.data, codes.size, absmax.ctypes.data))
     return absmax
 
 
@@ -365,10 +310,10 @@ def squared_error(absmax: F32, moments: F32, start: tuple[float, float] = (0.0, 
         NativeError: unusable arguments, or no library.
     """
     kernels = library()
-    scales = _checked("absmax", absmax, (np.float32,), getattr(absmax, "size", 0))
-    sums = _checked("moments", moments, (np.float32,), 3 * absmax.size)
+    scales = checked("absmax", absmax, (np.float32,), getattr(absmax, "size", 0))
+    sums = checked("moments", moments, (np.float32,), 3 * absmax.size)
     error, signal = ctypes.c_double(start[0]), ctypes.c_double(start[1])
-    _raise(kernels.qlf_squared_error(scales, sums, absmax.size, ctypes.byref(error), ctypes.byref(signal)))
+    raise_for(kernels, kernels.qlf_squared_error(scales, sums, absmax.size, ctypes.byref(error), ctypes.byref(signal)))
     return error.value, signal.value
 
 
@@ -383,12 +328,13 @@ def transpose(src: Array, *, out: Array | None = None, threads: int = 1) -> Arra
         raise NativeError("src: needed a two-dimensional array of 2- or 4-byte elements")
     rows, cols = src.shape
     target = np.empty((cols, rows), dtype=src.dtype) if out is None else out
-    source = _checked("src", src, (src.dtype,), src.size)
-    address = _checked("out", target, (src.dtype,), src.size, writable=True)
+    source = checked("src", src, (src.dtype,), src.size)
+    address = checked("out", target, (src.dtype,), src.size, writable=True)
     if target.shape != (cols, rows):
         raise NativeError(f"out: found shape {target.shape}, needed {(cols, rows)}")
-    _disjoint([target], [src])
-    _raise(
-        kernels.qlf_transpose(source, rows, cols, src.itemsize, address, _integer("threads", threads, 1, MAX_THREADS))
+    disjoint([target], [src])
+    raise_for(
+        kernels,
+        kernels.qlf_transpose(source, rows, cols, src.itemsize, address, integer("threads", threads, 1, MAX_THREADS)),
     )
     return target

@@ -28,6 +28,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "qlf_double_dequantize": (_P, _P, _P, _U64, _P),
     "qlf_squared_error": (_P, _P, _U64, _P, _P),
     "qlf_transpose": (_P, _U64, _U64, _U32, _P, _I32),
+    "qlf_convert": (_P, _I32, _U64, _P, _I32, _P, _I32),
+    "qlf_add_low_rank": (_P, _I32, _U64, _U64, _U64, _P, _P, _U64, _P, _P, _I32, _P, _I32),
 }
 
 

@@ -149,6 +149,32 @@ void check_transpose(size_t rows, size_t cols, unsigned itemsize) {
   expect(equal(source, back), "transpose twice", rows, 0, 0);
 }
 
+// A delta of `rank` on a range of a matrix, for every pair of dtypes; with rank 0, the conversion alone.
+void check_merge(size_t rows, size_t columns, size_t rank, size_t first, size_t n) {
+  Buffer left(rows * rank * 4), right(rank * columns * 4);
+  fill(left, QLF_FLOAT32);
+  fill(right, QLF_FLOAT32);
+  const float scale = 0.75f;
+  for (const int from : {QLF_FLOAT32, QLF_FLOAT16, QLF_BFLOAT16}) {
+    for (const int to : {QLF_FLOAT32, QLF_FLOAT16, QLF_BFLOAT16}) {
+      Buffer base(n * (from == QLF_FLOAT32 ? 4 : 2)), expected(n * (to == QLF_FLOAT32 ? 4 : 2));
+      fill(base, from);
+      for (const int isa : {QLF_ISA_SCALAR, QLF_ISA_AVX2, QLF_ISA_AVX512, QLF_ISA_NEON}) {
+        if (!qlf_isa_supported(isa)) continue;
+        Buffer out(expected.size());
+        int32_t overflowed = -1;
+        const int32_t status =
+            rank ? qlf_add_low_rank(base.data(), from, columns, first, n, left.data(), right.data(), rank, &scale,
+                                    out.data(), to, &overflowed, isa)
+                 : qlf_convert(base.data(), from, n, out.data(), to, &overflowed, isa);
+        expect(status == QLF_OK && overflowed == 0, "merge", n, static_cast<unsigned>(rank), isa);
+        if (isa == QLF_ISA_SCALAR) memcpy(expected.data(), out.data(), out.size());
+        expect(equal(out, expected), "merged values", n, static_cast<unsigned>(rank), isa);
+      }
+    }
+  }
+}
+
 // Values that are not finite, and codes and scales that no encoder writes, must be handled without undefined behaviour.
 void check_hostile() {
   const size_t n = 64 * 70 + 3, nb = 71;
@@ -156,6 +182,7 @@ void check_hostile() {
   const float huge = 3e38f;
   float offset = 0.0f;
   uint64_t bad = 0;
+  int32_t overflowed = 0;
   for (const unsigned byte : {0xffu, 0x7fu, 0xa5u}) {
     for (const Buffer* buffer : {&source, &packed, &absmax, &q, &nested}) {
       memset(buffer->data(), static_cast<int>(byte), buffer->size());
@@ -167,6 +194,11 @@ void check_hostile() {
         qlf_dequantize_nested(packed.data(), q.data(), nested.data(), &huge, 0, n, QLF_FP4, 64, dtype, out.data(), 1,
                               isa);
         qlf_quantize(source.data(), dtype, n, QLF_NF4, 64, packed.data(), absmax.data(), moments.data(), &bad, 1, isa);
+        for (const int to : {QLF_FLOAT32, QLF_FLOAT16, QLF_BFLOAT16}) {
+          qlf_convert(source.data(), dtype, n, out.data(), to, &overflowed, isa);
+          qlf_add_low_rank(source.data(), dtype, 64, 7, n - 64, source.data(), source.data(), 9, &huge, out.data(), to,
+                           &overflowed, isa);
+        }
       }
     }
     memset(absmax.data(), static_cast<int>(byte), absmax.size());
@@ -194,6 +226,15 @@ int main() {
   for (const unsigned itemsize : {2u, 4u}) {
     for (const size_t rows : {1, 31, 33, 300}) {
       for (const size_t cols : {1, 32, 65, 700}) check_transpose(rows, cols, itemsize);
+    }
+  }
+  for (const size_t rank : {size_t{0}, size_t{1}, size_t{5}, size_t{700}}) {
+    for (const size_t columns : {size_t{1}, size_t{15}, size_t{48}, size_t{333}}) {
+      const size_t rows = 19;
+      check_merge(rows, columns, rank, 0, rows * columns);
+      check_merge(rows, columns, rank, columns / 2, rows * columns - columns);
+      check_merge(rows, columns, rank, columns + columns / 3, columns / 2);
+      check_merge(rows, columns, rank, columns, 0);
     }
   }
   check_hostile();

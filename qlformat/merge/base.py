@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from qlformat import codec, remote, repository
+from qlformat import codec, native, native_merge, remote, repository
 from qlformat.casting import cast_into
 from qlformat.checkpoint import FLOAT_DTYPES, NUMPY_DTYPES, AnyArray, Checkpoint
 from qlformat.errors import QlfError
@@ -24,9 +24,6 @@ from qlformat.weights import Weight
 F32 = npt.NDArray[np.float32]
 
 _NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
-_HALF_EXPONENT = np.uint16(0x7C00)
-_HALF_BITS = np.int32(-0x70002000)  # sign, and exponent and mantissa of a float16 shifted to those of a float32
-_HALF_BIAS = np.float32(2.0**112)
 _NOT_CARRIED_NAMES = frozenset(("config.json", "qlf.json", "README.md", "merge_report.json", "merge_report.svg"))
 
 
@@ -85,6 +82,10 @@ class Base:
         The array belongs to the calling thread and is overwritten by its next call.
         """
         raise NotImplementedError
+
+    def elements(self, weight: BaseWeight, first: int, last: int) -> tuple[AnyArray, str]:
+        """Elements [first, last) and their dtype: as they are stored, or decoded to float32. They live as `read`'s."""
+        return self.read(weight, first, last), "float32"
 
     def copy(self, weight: BaseWeight, offset: int, buffer: memoryview) -> None:
         """Bytes of a weight that is not quantized, as they are stored."""
@@ -159,13 +160,17 @@ class PlainBase(Base):
 
     def read(self, weight: BaseWeight, first: int, last: int) -> F32:
         """Elements [first, last) as float32."""
-        tensor = self._tensor(weight)
+        raw, dtype = self.elements(weight, first, last)
+        if dtype == "float32":
+            return raw.view(np.float32)
+        return widen(raw, dtype, self._scratch("values", (last - first) * 4).view(np.float32))
+
+    def elements(self, weight: BaseWeight, first: int, last: int) -> tuple[AnyArray, str]:
+        """Elements [first, last) as they are stored."""
         stored = NUMPY_DTYPES[weight.dtype]
         raw = self._scratch("raw", (last - first) * stored.itemsize).view(stored)
-        tensor.read_into(first * stored.itemsize, raw.data.cast("B"))
-        if weight.dtype == "float32":
-            return raw
-        return widen(raw, weight.dtype, self._scratch("values", (last - first) * 4).view(np.float32))
+        self._tensor(weight).read_into(first * stored.itemsize, raw.data.cast("B"))
+        return raw, weight.dtype
 
     def copy(self, weight: BaseWeight, offset: int, buffer: memoryview) -> None:
         """Bytes as they are."""
@@ -213,7 +218,7 @@ class QuantizedBase(Base):
         if stored.quant_state is None:
             return self._plain(stored, first, last)
         if stored.transposed:
-            return self._turned(stored)[first:last]
+            return self._turned(stored)[first:last].copy()  # the caller may change what it gets
         return self._decode(stored, first, last)
 
     def copy(self, weight: BaseWeight, offset: int, buffer: memoryview) -> None:
@@ -261,7 +266,7 @@ class QuantizedBase(Base):
             whole: AnyArray = self.checkpoint.dequantize(stored.name, "float32")
             held = (stored.name, codec.transpose(whole).reshape(-1))
             self._local.turned = held
-        return held[1].copy()  # the caller may change what it gets
+        return held[1]
 
     def _carried_names(self) -> list[str]:
         manifest = self.checkpoint.manifest
@@ -278,18 +283,10 @@ class QuantizedBase(Base):
 
 def widen(raw: AnyArray, dtype: str, out: F32) -> F32:
     """16-bit elements as float32, exactly."""
-    if dtype == "bfloat16":
-        bits = out.view(np.uint32)
-        np.copyto(bits, raw.view(np.uint16))
-        np.left_shift(bits, 16, out=bits)
-    elif raw.size and ((raw.view(np.uint16) & _HALF_EXPONENT) == _HALF_EXPONENT).any():
-        cast_into(raw, dtype, out, "float32")  # infinity or NaN
-    else:  # the bits in their places, then the other bias: exact, and twice as fast as a table
-        signed = out.view(np.int32)
-        np.copyto(signed, raw.view(np.int16))
-        np.left_shift(signed, 13, out=signed)
-        np.bitwise_and(signed, _HALF_BITS, out=signed)
-        np.multiply(out, _HALF_BIAS, out=out)
+    if native.available():
+        native_merge.convert(raw, dtype, out, "float32")
+    else:
+        cast_into(raw, dtype, out, "float32")
     return out
 
 

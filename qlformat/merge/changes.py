@@ -68,20 +68,6 @@ class BiasDelta:
 Change = LowRank | Replaced | Tokens | BiasDelta
 
 
-def product(left: F32, right: F32, scale: float, out: F32) -> F32:
-    """scale * (left @ right) in `out`: the product first, then the scale, as peft has it.
-
-    Args:
-        left: [rows, rank].
-        right: [rank, columns].
-        out: [rows, columns].
-    """
-    np.matmul(left, right, out=out)
-    if np.float32(scale) != 1:
-        np.multiply(out, np.float32(scale), out=out)
-    return out
-
-
 def row_factors(values: F32, magnitude: F32) -> F32:
     """DoRA's factor of some rows: magnitude / norm of (weight + delta), [rows, 1]."""
     squares = np.einsum("ij,ij->i", values, values, dtype=np.float64)

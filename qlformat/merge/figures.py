@@ -17,6 +17,7 @@ WHOLE_ELEMENTS = 1 << 20
 """A weight up to this size is measured as a whole, of a larger one every sixteenth part."""
 PART_ELEMENTS = 1 << 17
 _STRIDE = 16
+_STEP_ELEMENTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Sums:
 
     def add(self, base: F32, merged: F32, stored: F32) -> None:
         """Take one part: the base's values, base + delta, and what a reader of the new file gets; all flat."""
+        for first in range(0, base.size, _STEP_ELEMENTS):
+            self._step(*(values[first : first + _STEP_ELEMENTS] for values in (base, merged, stored)))
+        self.count += base.size
+
+    def _step(self, base: F32, merged: F32, stored: F32) -> None:
         delta = merged - base
         self.kept += _dot(stored - base, delta)
         self.delta += _dot(delta, delta)
@@ -65,7 +71,6 @@ class Sums:
         self.error += _dot(error, error)
         self.merged += _dot(merged, merged)
         self.base += _dot(base, base)
-        self.count += base.size
 
     def result(self, name: str, elements: int) -> Kept:
         """The figures."""
@@ -83,8 +88,7 @@ def _dot(left: F32, right: F32) -> float:
 def pieces(file: MergedFile, name: str, elements: int) -> Iterator[tuple[int, int, F32, F32]]:
     """(first, last, base, merged) of the parts to compare."""
     for first, last in parts(elements):
-        base = file.base_values(name, first, last).copy()
-        yield first, last, base, file.values(name, first, last)
+        yield first, last, *file.both(name, first, last)
 
 
 def summary(kept: Sequence[Kept]) -> dict[str, float | int | None]:

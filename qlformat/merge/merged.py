@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qlformat.casting import cast_into
 from qlformat.checkpoint import FLOAT_DTYPES, NUMPY_DTYPES, AnyArray
 from qlformat.errors import QlfError
-from qlformat.merge import combining
+from qlformat.merge import arithmetic, combining
 from qlformat.merge.adapter_files import AdapterFiles
 from qlformat.merge.base import Base, BaseWeight
 from qlformat.merge.changes import (
@@ -21,15 +20,13 @@ from qlformat.merge.changes import (
     Replaced,
     Tokens,
     column_factors,
-    product,
     row_factors,
 )
-from qlformat.merge.narrowing import to_float16
 from qlformat.shards import TORCH_NAMES, TensorInfo
 
 F32 = npt.NDArray[np.float32]
 
-PIECE_ELEMENTS = 1 << 17
+PIECE_ELEMENTS = 1 << 18
 """Elements changed at a time: what is between base and result stays in the cache."""
 
 
@@ -66,9 +63,7 @@ class MergedFile:
             self._base.copy(weight, offset, buffer)
             return
         out = np.frombuffer(buffer, dtype=NUMPY_DTYPES[target])
-        first = offset // out.itemsize
-        for begin, values in self._pieces(weight, first, first + out.size):
-            self._narrow(weight.name, values, out[begin - first : begin - first + values.size], target)
+        self._fill(weight, offset // out.itemsize, out, target)
 
     def end_position(self, info: TensorInfo) -> int:
         """Not a position in a file."""
@@ -81,27 +76,54 @@ class MergedFile:
         """The base's own elements, of this thread until its next call."""
         return self._base.read(self._base.weights[name], first, last)
 
-    def values(self, name: str, first: int, last: int) -> F32:
-        """Merged elements [first, last) in float32, not rounded."""
-        out = np.empty(last - first, dtype=np.float32)
-        for begin, values in self._pieces(self._base.weights[name], first, last):
-            out[begin - first : begin - first + values.size] = values
+    def values(self, name: str, first: int, last: int, out: F32 | None = None) -> F32:
+        """Merged elements [first, last) in float32, not rounded; in `out` when it is given."""
+        out = np.empty(last - first, dtype=np.float32) if out is None else out
+        self._fill(self._base.weights[name], first, out, "float32")
         return out
 
-    def _narrow(self, name: str, values: F32, out: AnyArray, target: str) -> None:
-        if target != "float16":
-            cast_into(values, "float32", out, target)
+    def both(self, name: str, first: int, last: int) -> tuple[F32, F32]:
+        """(base, merged) elements [first, last) in float32, of this thread until its next call."""
+        base = self._scratch("both base", last - first)
+        np.copyto(base, self.base_values(name, first, last))
+        return base, self.values(name, first, last, self._scratch("both merged", last - first))
+
+    def _fill(self, weight: BaseWeight, first: int, out: AnyArray, target: str) -> None:
+        """Write the merged elements from `first` on to `out`, rounded to `target`."""
+        changes = self._changes.get(weight.name, ())
+        sums = [change for change in changes if isinstance(change, LowRank) and change.magnitude is None]
+        if len(sums) < len(changes) or (sums and self._method.combines(len(sums))):
+            for begin, values in self._pieces(weight, first, first + out.size):
+                part = out[begin - first : begin - first + values.size]
+                self._note(weight, arithmetic.convert(values, "float32", part, target))
             return
-        if to_float16(values, out.view(np.float16)):
-            self.overflowed.add(name)
+        _check_dtype(weight)
+        for at in range(0, out.size, PIECE_ELEMENTS):
+            part = out[at : at + PIECE_ELEMENTS]
+            self._note(weight, self._sum(weight, sums, first + at, part, target))
+
+    def _sum(self, weight: BaseWeight, changes: Sequence[LowRank], first: int, out: AnyArray, target: str) -> bool:
+        """Base plus deltas, one after the other in float32; whether finite values became infinite."""
+        values, dtype = self._base.elements(weight, first, first + out.size)
+        if not changes:
+            return arithmetic.convert(values, dtype, out, target)
+        for change in changes[:-1]:
+            into = self._scratch("sum", out.size)
+            arithmetic.add_low_rank(
+                values, dtype, first, *self._factors(weight.name, change), change.scale, into, "float32"
+            )
+            values, dtype = into, "float32"
+        last = changes[-1]
+        return arithmetic.add_low_rank(values, dtype, first, *self._factors(weight.name, last), last.scale, out, target)
+
+    def _note(self, weight: BaseWeight, overflowed: bool) -> None:
+        if overflowed:
+            self.overflowed.add(weight.name)
 
     def _pieces(self, weight: BaseWeight, first: int, last: int) -> Iterator[tuple[int, F32]]:
         """(index of the first element, merged elements), in order, by whole rows cut to what is wanted."""
         changes = self._changes.get(weight.name, ())
-        if weight.dtype not in FLOAT_DTYPES:
-            raise QlfError(
-                f"found dtype {weight.dtype}, needed {', '.join(FLOAT_DTYPES)} to merge into", tensor=weight.name
-            )
+        _check_dtype(weight)
         width = weight.shape[-1] if len(weight.shape) == 2 else 1
         step = max(PIECE_ELEMENTS // width, 1)
         for row in range(first // width, -(-last // width), step):
@@ -140,8 +162,7 @@ class MergedFile:
     def _add(self, weight: BaseWeight, change: LowRank, matrix: F32, row: int, end: int) -> None:
         """matrix += delta, and DoRA's factors."""
         left, right = self._factors(weight.name, change)
-        delta = self._scratch("delta", matrix.size).reshape(matrix.shape)
-        product(left[row:end], right, change.scale, delta)
+        delta = arithmetic.product(left[row:end], right, change.scale)
         if change.magnitude is None:
             np.add(matrix, delta, out=matrix)
             return
@@ -173,7 +194,7 @@ class MergedFile:
         def pieces() -> Iterator[F32]:
             for row in range(0, weight.shape[0], step):
                 end = min(row + step, weight.shape[0])
-                delta = product(left[row:end], right, change.scale, np.empty((end - row, width), dtype=np.float32))
+                delta = arithmetic.product(left[row:end], right, change.scale)
                 yield self._alone(weight, row, end) + delta
 
         return column_factors(pieces(), width, magnitude)
@@ -225,3 +246,10 @@ class MergedFile:
             found = np.empty(count, dtype=np.float32)
             setattr(self._local, use, found)
         return found[:count]
+
+
+def _check_dtype(weight: BaseWeight) -> None:
+    if weight.dtype not in FLOAT_DTYPES:
+        raise QlfError(
+            f"found dtype {weight.dtype}, needed {', '.join(FLOAT_DTYPES)} to merge into", tensor=weight.name
+        )

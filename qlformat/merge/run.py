@@ -20,6 +20,7 @@ from qlformat.manifest import FILE_NAME as MANIFEST_NAME
 from qlformat.manifest import FileEntry, Manifest, TensorEntry, WeightEntry, fingerprint
 from qlformat.manifest import Source as SourceEntry
 from qlformat.merge.base import Base
+from qlformat.merge.direct_shard import DirectShardWriter
 from qlformat.merge.figures import Kept, Sums, pieces
 from qlformat.merge.merged import MergedFile
 from qlformat.merge.planning import MergePlan
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from qlformat.calibration.engine import Calibration
 
 _MARGIN_BYTES = 16 << 20
+_DIRECT_BYTES = 256 << 20
+"""Outputs from this size on are written past the page cache."""
+_WORKERS = 2
+"""Workers for each thread: while one waits for the disk, another computes."""
 
 
 class Run:
@@ -70,8 +75,9 @@ class Run:
             require_space(directory, plan.output_bytes + _MARGIN_BYTES)
         total = sum(item.tensor.nbytes for item in plan.items)
         self._meter = ProgressMeter(progress, len(plan.items), total, "merging")
+        writer = DirectShardWriter if plan.output_bytes >= _DIRECT_BYTES else ShardWriter
         self._writers = [
-            ShardWriter(directory / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
+            writer(directory / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
         ]
         self._stream = MergedStream(directory, self._writers, self._meter, plan.dtypes)
         self._lock = threading.Lock()
@@ -129,7 +135,7 @@ class Run:
 
     def _run_workers(self, threads: int) -> None:
         left = [item for item in self._plan.items if item.name not in self._stored]
-        self._stream.run([partial(self._write, item) for item in left], threads)
+        self._stream.run([partial(self._write, item) for item in left], _WORKERS * threads)
 
     def _write(self, item: Item, rounded: Rounded | None = None) -> None:
         stored = self.journal.done.get(item.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat import codec
-from qlformat.casting import cast_into
 from qlformat.checkpoint import NUMPY_DTYPES
 from qlformat.journal import StoredWeight
 from qlformat.layout import NESTED_BLOCKSIZE, QuantState, strict_json
-from qlformat.merge.base import widen
+from qlformat.merge.arithmetic import convert
+from qlformat.merge.direct_shard import PAGE
 from qlformat.plan import Item
 from qlformat.progress import ProgressMeter
 from qlformat.shards import TORCH_NAMES, ShardWriter
@@ -37,6 +38,7 @@ class MergedStream(TensorStream):
     ) -> None:
         super().__init__(directory, writers, meter)
         self._shards = writers
+        self._memory = threading.local()
         self._dtypes = dtypes
 
     def _quantize(self, item: Item, state: QuantState, rounded: Rounded | None) -> StoredWeight:
@@ -54,7 +56,10 @@ class MergedStream(TensorStream):
         return super()._companions(item, state, companions, packed_sha256, sums)
 
     def stored_values(self, item: Item, stored: StoredWeight, first: int, last: int) -> F32:
-        """Elements [first, last) as a reader of the new file gets them, float32; `first` begins a nested block."""
+        """Elements [first, last) as a reader of the new file gets them, float32; `first` begins a nested block.
+
+        They are this worker's until its next call.
+        """
         if stored.quant_state is None:
             return self._plain_values(item, first, last)
         fields = strict_json(stored.quant_state.encode())
@@ -69,7 +74,13 @@ class MergedStream(TensorStream):
         else:
             absmax = self._bytes(item, f"{item.name}.absmax", begin * 4, end * 4).view("<f4")
         decoded: F32 = codec.dequantize(
-            packed, absmax, last - first, quant_type=fields["quant_type"], blocksize=size, dtype="float32"
+            packed,
+            absmax,
+            last - first,
+            quant_type=fields["quant_type"],
+            blocksize=size,
+            dtype="float32",
+            out=self._held("stored values", (last - first) * 4).view(np.float32),
         )
         return decoded
 
@@ -77,14 +88,12 @@ class MergedStream(TensorStream):
         dtype = TORCH_NAMES[item.tensor.dtype]
         size = NUMPY_DTYPES[dtype].itemsize
         raw = self._bytes(item, item.name, first * size, last * size).view(NUMPY_DTYPES[dtype])
-        out = np.empty(last - first, dtype=np.float32)
-        if dtype in ("float16", "bfloat16"):
-            return widen(raw, dtype, out)
-        cast_into(raw, dtype, out, "float32")
+        out = self._held("stored values", (last - first) * 4).view(np.float32)
+        convert(raw, dtype, out, "float32")
         return out
 
     def _bytes(self, item: Item, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        data = np.empty(end - begin, dtype=np.uint8)
+        data = self._held(f"stored {name.rpartition('.')[2]}", end - begin)
         done = 0
         while done < data.size:
             count = self._shards[item.shard].read_back(name, begin + done, data[done:].data)
@@ -92,3 +101,19 @@ class MergedStream(TensorStream):
                 raise OSError(f"{self._shards[item.shard].path.name} became shorter while it was written")
             done += count
         return data
+
+    def _buffer(self, use: str, size: int) -> npt.NDArray[np.uint8]:
+        """A buffer that begins with a page, so that it may be written past the page cache as it is."""
+        if not hasattr(self._local, use):
+            raw = np.empty(size + PAGE, dtype=np.uint8)
+            start = -raw.__array_interface__["data"][0] % PAGE
+            setattr(self._local, use, raw[start : start + size])
+        return super()._buffer(use, size)
+
+    def _held(self, use: str, size: int) -> npt.NDArray[np.uint8]:
+        """`size` bytes of this worker, the same ones each time: fresh memory costs more than what is done with it."""
+        found: npt.NDArray[np.uint8] | None = getattr(self._memory, use, None)
+        if found is None or found.size < size:
+            found = np.empty(size, dtype=np.uint8)
+            setattr(self._memory, use, found)
+        return found[:size]

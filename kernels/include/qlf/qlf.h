@@ -72,6 +72,20 @@ QLF_API int32_t qlf_squared_error(const void* absmax, const void* moments, uint6
 QLF_API int32_t qlf_transpose(const void* src, uint64_t rows, uint64_t cols, uint32_t itemsize, void* out,
                               int32_t threads);
 
+/* Convert n elements of src to out_dtype: exactly where it is wider, else nearest with ties to even. A NaN keeps
+ * its sign and as many upper bits as there is room for (0x7fc0 as bfloat16). *overflowed is 1 when a finite value
+ * became an infinite float16, else 0. out may be src when both dtypes have one size. */
+QLF_API int32_t qlf_convert(const void* src, int32_t dtype, uint64_t n, void* out, int32_t out_dtype,
+                            int32_t* overflowed, int32_t isa);
+
+/* Add a low-rank delta to elements [first, first + n) of a matrix of `columns` columns: base + scale * (left @ right)
+ * in float32, converted as by qlf_convert. base and out point at element `first`, and may be the same as above. left is
+ * float32 [rows][rank] of the whole matrix, right float32 [rank][columns], scale points at one float32. An element's
+ * product starts at 0 and takes its terms in order, each by one fused multiply-add; rank is at least 1. */
+QLF_API int32_t qlf_add_low_rank(const void* base, int32_t dtype, uint64_t columns, uint64_t first, uint64_t n,
+                                 const void* left, const void* right, uint64_t rank, const void* scale, void* out,
+                                 int32_t out_dtype, int32_t* overflowed, int32_t isa);
+
 #ifdef __cplusplus
 }
 #endif
