@@ -85,6 +85,7 @@ class Generator:
         dtype: to compute in. By default that of the model; in 4 bits on the CPU, the compute dtype of its layers.
         device: as device_map of load_model.
         keep_4bit: stay in 4 bits on the CPU too, where bitsandbytes decodes every layer again for each token.
+        allow_base_mismatch: as for load_model.
 
     Attributes:
         model, tokenizer: of transformers.
@@ -103,6 +104,7 @@ class Generator:
         dtype: str | None = None,
         device: str | None = None,
         keep_4bit: bool = False,
+        allow_base_mismatch: bool = False,
     ) -> None:
         start = time.perf_counter()
         directory = base_directory(base)
@@ -112,7 +114,14 @@ class Generator:
         if self.four_bit and dtype is None and _on_cpu(device):
             # In another dtype than the layers compute in, every layer converts its input and output: 3 times slower.
             dtype = _compute_dtype(directory)
-        self.model: Any = load_model(directory, adapter, device_map=device, dtype=dtype, dequantize=not self.four_bit)
+        self.model: Any = load_model(
+            directory,
+            adapter,
+            device_map=device,
+            dtype=dtype,
+            dequantize=not self.four_bit,
+            allow_base_mismatch=allow_base_mismatch,
+        )
         if self.four_bit and dtype is not None:
             _compute_in(self.model, dtype)
         self.notes = (*((note,) if note else ()), *self.model.qlf_notes)

@@ -1,15 +1,22 @@
-"""The demo: a real model becomes a verified 4-bit checkpoint, and learns from conversations. `make demo` runs it.
+"""The demo: a real model becomes a verified 4-bit checkpoint, learns from conversations, and is published.
+
+`make demo` runs it.
 
 Every step is a command that a user would type; each is printed before it runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +28,9 @@ ADAPTER = OUT / "chitchat-adapter"
 CHATS, HELD_OUT = OUT / "chats.jsonl", OUT / "held-out.jsonl"
 TRAINED_ON, HELD = 400, 8
 """Conversations: many more than the updates read, and as many as an evaluation reads in seconds."""
+HUB, ELSEWHERE = OUT / "hub", OUT / "elsewhere"
 QUESTION = "Hi! What did you do this weekend?"
+LIMITS = ("--max-new-tokens", "40", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")
 QLF = Path(sys.executable).with_name("qlf")
 
 # Attention in blues and greens, MLP in warm colours.
@@ -87,9 +96,45 @@ def learn() -> None:
     step("5. Fine-tune it: a LoRA adapter on the 4-bit weights, from conversations of people", "qlf", "finetune",
          CHECKPOINT, "--data", CHATS, "--eval-data", HELD_OUT, "-o", ADAPTER, "--max-steps", "24", "--eval-steps", "6",
          "--save-steps", "24", "--seq-len", "512", "--grad-accum", "1", "--lr", "5e-4", "--overwrite")  # fmt: skip
-    limit = ("--max-new-tokens", "40", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")
-    step("6. Ask the base, then the base with its adapter", "qlf", "generate", CHECKPOINT, "--prompt", QUESTION, *limit)
-    step("", "qlf", "generate", CHECKPOINT, "--adapter", ADAPTER, "--prompt", QUESTION, *limit)
+    ask = ("--prompt", QUESTION, *LIMITS)
+    step("6. Ask the base, then the base with its adapter", "qlf", "generate", CHECKPOINT, *ask)
+    step("", "qlf", "generate", CHECKPOINT, "--adapter", ADAPTER, *ask)
+
+
+@contextlib.contextmanager
+def hub() -> Iterator[None]:
+    """A hub of our own, empty, to which all commands talk while the block runs."""
+    shutil.rmtree(HUB, ignore_errors=True)
+    print("\n7. Publish both, on a hub of your own\n$ qlf hub serve --root", shown(HUB), "--port 0 &", flush=True)
+    command = [str(QLF), "hub", "serve", "--root", str(HUB), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            line = server.stdout.readline() if server.stdout else ""
+            if not line.startswith("Serving "):
+                raise StepError("starting the hub")
+            print(line, end="")
+            url = line.split()[1]
+            print(f"$ export HF_ENDPOINT={url}", flush=True)
+            # A home of its own: the user's token is not for this hub, and nothing of it belongs in the user's cache.
+            os.environ |= {"HF_ENDPOINT": url, "HF_HOME": str(HUB / "client"), "HF_HUB_OFFLINE": "0"}
+            os.environ.pop("HF_TOKEN", None)
+            yield
+        finally:
+            server.send_signal(signal.SIGINT)
+
+
+def publish() -> None:
+    """Push the base and the adapter to a hub, fetch them elsewhere, and ask again."""
+    shutil.rmtree(ELSEWHERE, ignore_errors=True)
+    base, adapter = f"demo/{CHECKPOINT.name}", f"demo/{ADAPTER.name}"
+    with hub():
+        step("", "qlf", "push", CHECKPOINT, base, "--license", "apache-2.0", "--tag", "v1")
+        step("", "qlf", "push", ADAPTER, adapter, "--license", "apache-2.0")
+        step("8. Look at the base from elsewhere, fetch both, and ask again", "qlf", "verify", base, "--headers")
+        step("", "qlf", "pull", base, ELSEWHERE / "base", "--revision", "v1")
+        step("", "qlf", "pull", adapter, ELSEWHERE / "adapter")
+        step("", "qlf", "generate", ELSEWHERE / "base", "--adapter", ELSEWHERE / "adapter", "--prompt", QUESTION,
+             *LIMITS)  # fmt: skip
 
 
 def held_out_losses() -> tuple[float, float]:
@@ -150,7 +195,7 @@ def draw(errors: dict[str, dict[int, float]], title: str) -> None:
 
 def main() -> int:
     """Run the demo; 1 when a step failed."""
-    print("qlformat demo: a float16 model becomes an NF4 + double-quantized checkpoint and is fine-tuned", flush=True)
+    print("qlformat demo: a float16 model becomes an NF4 checkpoint, is fine-tuned and published", flush=True)
     if not QLF.is_file():
         print(f"error: {QLF} is not there; run `make demo`, which installs it", file=sys.stderr)
         return 1
@@ -164,6 +209,7 @@ def main() -> int:
         step("4. Use it: plain transformers, in a process that never imports qlformat", "python",
              ROOT / "tools" / "demo_plain_transformers.py", CHECKPOINT)  # fmt: skip
         learn()
+        publish()
     except StepError as error:
         print(f"error: the demo stopped at: {error}", file=sys.stderr)
         return 1
@@ -177,6 +223,7 @@ def main() -> int:
     print(f"  picture   {shown(PICTURE)}: the quantization error of every layer")
     print(f"  held out  loss {begin:.3f} -> {end:.3f} nats a token, on conversations that were not trained on")
     print(f"  picture   {shown(ADAPTER / 'loss.png')}: the loss while it was trained")
+    print(f"  published {shown(HUB)}: `qlf hub serve --root {shown(HUB)}` shows cards and lineage in a browser")
     if end >= begin:
         print("error: the held-out loss did not fall", file=sys.stderr)
         return 1

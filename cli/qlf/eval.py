@@ -36,6 +36,7 @@ Examples:
 @click.command("eval", context_settings=options.CONTEXT, epilog=EPILOG)
 @click.argument("model", type=options.Location())
 @click.option("--adapter", type=options.Location(), metavar="A", help="A peft adapter to put on MODEL.")
+@options.allow_base_mismatch
 @click.option("--text", type=options.Location(path_type=Path), metavar="FILE", help="Evaluate on this text.")
 @click.option("--data", type=options.Location(), metavar="FILE", help="Evaluate on these rows, or a Hub dataset.")
 @click.option("--against", type=options.Location(), metavar="OTHER", help="Compare with this model, token by token.")
@@ -54,6 +55,7 @@ Examples:
 def command(
     model: str,
     adapter: str | None,
+    allow_base_mismatch: bool,
     text: Path | None,
     data: str | None,
     against: str | None,
@@ -89,8 +91,9 @@ def command(
     with training_progress(quiet) as listener:
         found = evaluate(
             model, adapter=adapter, text=text, data=data, window=window, stride=stride, bos=bos,
-            max_tokens=max_tokens, dtype=dtype, device=device, keep_4bit=keep_4bit, against=against,
-            against_adapter=against_adapter, seed=seed, progress=listener,
+            max_tokens=max_tokens, dtype=dtype, device=device, keep_4bit=keep_4bit,
+            allow_base_mismatch=allow_base_mismatch, against=against, against_adapter=against_adapter, seed=seed,
+            progress=listener,
         )  # fmt: skip
     if as_json:
         output.emit_json(found.as_dict())

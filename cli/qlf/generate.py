@@ -38,6 +38,7 @@ Examples:
 @click.command("generate", context_settings=options.CONTEXT, epilog=EPILOG)
 @click.argument("base", type=options.Location())
 @click.option("--adapter", type=options.Location(), metavar="A", help="A peft adapter to put on top.")
+@options.allow_base_mismatch
 @click.option("--prompt", required=True, metavar="TEXT", help="What to ask; - reads it from stdin.")
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="No chat template: continue the prompt as text.")
@@ -69,6 +70,7 @@ Examples:
 def command(
     base: str,
     adapter: str | None,
+    allow_base_mismatch: bool,
     prompt: str,
     system: str | None,
     raw: bool,
@@ -93,7 +95,9 @@ def command(
         import torch
 
         torch.set_num_threads(threads)
-    generator = Generator(base, adapter, dtype=dtype, device=device, keep_4bit=keep_4bit)
+    generator = Generator(
+        base, adapter, dtype=dtype, device=device, keep_4bit=keep_4bit, allow_base_mismatch=allow_base_mismatch
+    )
     answer = generator.answer(
         text,
         system=system,

@@ -70,6 +70,10 @@ threads = click.option(
 
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 
+allow_base_mismatch = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Use an adapter that belongs to another base all the same."
+)
+
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 
 

@@ -116,6 +116,7 @@ def evaluate(
     dtype: str | None = None,
     device: str | None = None,
     keep_4bit: bool = False,
+    allow_base_mismatch: bool = False,
     against: str | Path | None = None,
     against_adapter: str | Path | None = None,
     seed: int = 0,
@@ -132,7 +133,7 @@ def evaluate(
         stride: tokens between the beginnings of two windows of a text; by default half a window.
         bos: whether each window of a text begins with BOS; by default as the tokenizer does by itself.
         max_tokens: use the beginning of the text, or the first rows, up to so many tokens.
-        dtype, device, keep_4bit: as for quality.models.load.
+        dtype, device, keep_4bit, allow_base_mismatch: as for quality.models.load.
         against: another model of the same vocabulary, with `against_adapter` on it; both are then in memory.
         seed: of torch's random numbers.
         progress: gets reports.
@@ -147,7 +148,12 @@ def evaluate(
     if against is None and against_adapter is not None:
         raise QlfError("found against_adapter without against; give the model that it belongs on")
     report = progress or (lambda now: None)
-    options = {"dtype": dtype, "device": device, "keep_4bit": keep_4bit}
+    options = {
+        "dtype": dtype,
+        "device": device,
+        "keep_4bit": keep_4bit,
+        "allow_base_mismatch": allow_base_mismatch,
+    }
     with _seeded(seed):
         report(TrainingProgress("loading"))
         loaded = load(model, adapter, **options)  # type: ignore[arg-type]

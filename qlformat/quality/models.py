@@ -60,6 +60,7 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     keep_4bit: bool = False,
+    allow_base_mismatch: bool = False,
 ) -> Loaded:
     """Load a model to run it.
 
@@ -71,6 +72,7 @@ def load(
         dtype: to compute in. By default float32 on a CPU, elsewhere the model's own.
         device: "cpu", "cuda" ...; by default the accelerator, if there is one.
         keep_4bit: stay in 4 bits on a CPU too, which is slow.
+        allow_base_mismatch: as for load_model.
 
     Raises:
         QlfError: as load_model; or transformers cannot load the 16-bit model.
@@ -80,7 +82,13 @@ def load(
     packed = is_four_bit(directory)
     stays = packed and (keep_4bit or place.type != "cpu")
     if packed:
-        model: Any = load_model(directory, adapter, device_map=str(place), dequantize=not stays)
+        model: Any = load_model(
+            directory,
+            adapter,
+            device_map=str(place),
+            dequantize=not stays,
+            allow_base_mismatch=allow_base_mismatch,
+        )
         notes: tuple[str, ...] = model.qlf_notes
     else:
         model, notes = _plain(directory, adapter, place)

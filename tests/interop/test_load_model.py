@@ -269,7 +269,9 @@ def test_an_adapter_of_another_base_is_refused(llama: Path, tmp_path: Path) -> N
         qlformat.load_model(llama, adapter=adapter)
     message = str(caught.value)
     assert "0" * 64 in message and fingerprint_of(llama) in message and "ORG/base@abc" in message
-    assert "PeftModel.from_pretrained" in message and "\n" not in message
+    assert "--allow-base-mismatch" in message and "\n" not in message
+    found = qlformat.load_model(llama, adapter=adapter, allow_base_mismatch=True)
+    assert found.qlf_notes == ("the adapter adapter was trained on another base; used all the same, as asked",)
 
 
 def test_a_plain_adapter_is_noted(llama: Path, tmp_path: Path) -> None:

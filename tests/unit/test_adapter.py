@@ -12,22 +12,34 @@ import pytest
 from qlformat import adapter
 from qlformat.adapter import AdapterManifest, BasePin
 from qlformat.errors import FormatError
+from qlformat.manifest import FileEntry
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "spec" / "schema" / "adapter.schema.json").read_text(encoding="utf-8"))
-SOUND = json.loads(AdapterManifest("qlformat 1", BasePin("a" * 64, "ORG/base", "main")).to_json())
+FILES = (FileEntry("adapter_config.json", 2, "c" * 64), FileEntry("a/b.json", 0, "d" * 64))
+SOUND = json.loads(AdapterManifest("qlformat 1", BasePin("a" * 64, "ORG/base", "main"), files=FILES).to_json())
 ABSENT = object()
 VALUES: list[Any] = [
     ABSENT, None, True, 0, 1, 2, 1.0, "", "x", "adapter", "base", "a" * 64, "A" * 64, "a" * 63, "a" * 64 + "\n",
-    [], ["x"], [1], {}, {"fingerprint": "b" * 64},
+    [], ["x"], [1], {}, {"fingerprint": "b" * 64}, [{"name": "x", "size": 1, "sha256": "b" * 64}], [{"name": "x"}],
+    [{"name": "", "size": 1, "sha256": "b" * 64}], [{"name": "x", "size": -1, "sha256": "b" * 64}],
+    [{"name": "x", "size": 1, "sha256": "B" * 64}], [{"name": "x", "size": True, "sha256": "b" * 64}],
 ]  # fmt: skip
+
+
+def test_a_file_name_that_leaves_the_directory() -> None:
+    for name in ("../x", "/x", "a//b", "a\\b", "c:x"):
+        root = {**SOUND, "files": [{"name": name, "size": 1, "sha256": "b" * 64}]}
+        with pytest.raises(FormatError) as caught:
+            adapter.parse(json.dumps(root).encode())
+        assert caught.value.rule == "M9"
 
 
 def parses(value: Any) -> bool:
     try:
         adapter.parse(json.dumps(value).encode())
     except FormatError as error:
-        assert error.rule in ("M1", "M2", "M3") and error.file == "qlf.json"
+        assert error.rule in ("M1", "M2", "M3", "M9") and error.file == "qlf.json"
         return False
     return True
 
@@ -48,6 +60,8 @@ def test_what_is_written_is_read_again() -> None:
     for pin in (BasePin("0" * 64), BasePin("a" * 64, "ORG/base", "main")):
         written = AdapterManifest("qlformat 1", pin)
         assert adapter.parse(written.to_json()) == written
+        listed = AdapterManifest("qlformat 1", pin, files=FILES)
+        assert adapter.parse(listed.to_json()) == listed
         assert adapter.parse(written.to_json({"data": {"sha256": "1"}, "kind": "other"})) == written
 
 
