@@ -28,6 +28,10 @@ from qlformat.stored import CONFIG_NAME
 from qlformat.weights import Severity, Weight
 
 
+# The least float32 that rounds to infinity.
+_OVERFLOW = {"bfloat16": float.fromhex("0x1.ffp127"), "float16": 65520.0, "float32": float("inf")}
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something that verify found.
@@ -54,6 +58,8 @@ def verify(
     source: str | Path | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    decode: bool = True,
 ) -> list[Finding]:
     """Check a checkpoint against every rule of the format. It is sound when no finding has severity "error".
 
@@ -65,6 +71,8 @@ def verify(
         source: the 16-bit model it was made from (directory, file or repository id), to quantize it again and compare.
         threads: workers; all CPUs of the process by default.
         progress: called from the workers, under a lock.
+        decode: decode every weight. False decodes those alone whose scales are so large that a value could be beyond
+            the range of its dtype: the findings are the same, in half the time.
 
     Returns:
         The findings, errors first, in an order that does not depend on the threads.
@@ -76,7 +84,7 @@ def verify(
     findings = _Findings()
     with Checkpoint(remote.local_directory(path), findings.add) as checkpoint:
         check_consistency(checkpoint, findings.add)
-        work = _Work(checkpoint, findings, progress)
+        work = _Work(checkpoint, findings, progress, decode=decode)
         workers = threads or native.default_threads()
         if source is None:
             work.run(workers)
@@ -116,9 +124,10 @@ class _Work:
     """The part of verify that reads all bytes: one task for each weight, each other tensor and each file."""
 
     def __init__(
-        self, checkpoint: Checkpoint, findings: _Findings, progress: Callable[[Progress], None] | None
+        self, checkpoint: Checkpoint, findings: _Findings, progress: Callable[[Progress], None] | None, *, decode: bool
     ) -> None:
         self._checkpoint = checkpoint
+        self._decode = decode
         self._report = findings.add
         self._manifest = checkpoint.manifest
         self._hashes: dict[str, str] = {}
@@ -216,16 +225,21 @@ class _Work:
         self._meter.add(self._checkpoint.tensors[name].info.nbytes)
 
     def _read_weight(self, weight: Weight, state: QuantState) -> None:
-        """Hash the packed bytes of a weight and decode them, in one pass."""
+        """Hash the packed bytes of a weight and decode them, in one pass.
+
+        A decoded value is a code of at most 1 times absmax, rounded once. Rounding keeps the order, so where absmax
+        itself does not round to infinity no value does, and decoding can be left out.
+        """
         checkpoint = self._checkpoint
         digest = hashlib.sha256()
-        sound = self._check_scales(weight, state)
+        largest = self._check_scales(weight, state)
+        decoded = largest is not None and (self._decode or largest >= _OVERFLOW[weight.dtype])
         finite = True
         for first in range(0, state.elements, CHUNK_ELEMENTS):
             last = min(first + CHUNK_ELEMENTS, state.elements)
             packed = checkpoint.read_part(weight.name, first // 2, -(-last // 2) - first // 2)
             digest.update(packed.data)
-            if sound and not self._stop.is_set():
+            if decoded and not self._stop.is_set():
                 finite &= _all_finite(checkpoint.decode_packed(weight, packed, first, last))
             if last == state.elements:
                 self._check_padding(weight, state, int(packed[-1]))
@@ -235,15 +249,17 @@ class _Work:
             self._bad("D1" if state.nested else "T4", message, weight.name, "note")
         self._hashes[weight.name] = digest.hexdigest()
 
-    def _check_scales(self, weight: Weight, state: QuantState) -> bool:
-        """Whether every absmax of a weight is sound; a finding says so if not."""
+    def _check_scales(self, weight: Weight, state: QuantState) -> float | None:
+        """The largest absmax of a weight; None when one is not sound, and a finding says so."""
+        largest = 0.0
         try:
             for first in range(0, state.blocks, CHUNK_ELEMENTS):
-                self._checkpoint.absmax(weight, first, min(first + CHUNK_ELEMENTS, state.blocks))
+                absmax = self._checkpoint.absmax(weight, first, min(first + CHUNK_ELEMENTS, state.blocks))
+                largest = max(largest, float(np.abs(absmax).max(initial=0.0)))
         except FormatError as problem:
             self._report(problem)
-            return False
-        return True
+            return None
+        return largest
 
     def _check_padding(self, weight: Weight, state: QuantState, last_byte: int) -> None:
         needed = CODEBOOKS[state.quant_type].zero_code

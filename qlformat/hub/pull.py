@@ -99,7 +99,8 @@ def pull(
             try:
                 kept = fetch.run()
                 contents = read_contents(staging.path)
-                notes = soundness.require_sound(contents, threads, progress, allow_base_mismatch=True)
+                said = soundness.require_sound(contents, threads, progress, allow_base_mismatch=True)
+                notes = tuple(_named(note, staging.path, name) for note in said)
             except (HubError, TargetError):
                 raise
             except QlfError as error:
@@ -117,8 +118,12 @@ def pull(
 
 def _about(error: QlfError, staging: Path, name: str) -> QlfError:
     """The error with the repository's name in place of a directory that is gone."""
-    text = str(error).replace(str(staging), name)
+    text = _named(str(error), staging, name)
     return QlfError(text if name in text else f"{name}: {text}", rule=None)
+
+
+def _named(text: str, staging: Path, name: str) -> str:
+    return text.replace(str(staging), name).replace(staging.name, name)
 
 
 def _left_by(out: Path) -> str | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from qlformat import __version__, native
-from qlformat.cards.writer import make_card, write_card
 from qlformat.errors import QlfError
 from qlformat.hub import soundness
 from qlformat.hub.client import HubClient, RemoteState, parse_repo_id, quiet_client
@@ -245,6 +244,8 @@ def _card(
     client: HubClient, path: Path, repo_id: str, asked: PushOptions, state: RemoteState | None, *, dry: bool
 ) -> tuple[str, ...]:
     """Write the card, or in a dry run make it only; returns notes. A card that is on the hub alone is continued."""
+    from qlformat.cards.writer import make_card, write_card  # who asks for none does not wait for a YAML parser
+
     if dry:
         card = make_card(path, name=repo_id, license_id=asked.license_id)
         old = path / CARD

@@ -32,7 +32,7 @@ def require_sound(
     if contents.kind == "adapter":
         found = verify_adapter(contents.path, allow_base_mismatch=allow_base_mismatch)
     elif contents.four_bit:
-        found = verify(contents.path, threads=threads, progress=progress)
+        found = verify(contents.path, threads=threads, progress=progress, decode=False)
     else:
         return _check_model(contents.path)
     return _notes(contents.path, found)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from qlformat.errors import QlfError
 from qlformat.hub.client import FIRST_WAIT_SECONDS, TIMEOUT_SECONDS, HubClient, RemoteState
-from qlformat.hub.contents import is_weights
 from qlformat.hub.plan import Plan, PlannedFile, differences
 from qlformat.hub.refusals import RETRIED, Conflict, HubError, is_unreachable, status_of
 
@@ -106,19 +105,18 @@ class Upload:
         return self._client.call(self._target, ask)
 
     def _send(self, additions: list[tuple[PlannedFile, CommitOperationAdd]], *, create_pr: bool) -> None:
-        """Send weights, then the rest, to where only their content names them."""
+        """Send the large files, weights first, to where only their content names them; the commit brings the others."""
         # A branch that is yet to be made has the files of main.
         revision = None if self._new_branch or create_pr else self._revision
-        for weights in (True, False):
-            batch = [addition for file, addition in additions if is_weights(file.local.name) == weights]
-            if batch:
-                self._client.call(
-                    self._target,
-                    lambda batch=batch: self._client.api.preupload_lfs_files(  # type: ignore[misc]
-                        self._repo_id, batch, revision=revision, create_pr=create_pr, free_memory=False
-                    ),
-                    tries=1,  # the client tries each request again itself
-                )
+        batch = [addition for _, addition in additions]  # in the plan's order
+        if batch:
+            self._client.call(
+                self._target,
+                lambda: self._client.api.preupload_lfs_files(
+                    self._repo_id, batch, revision=revision, create_pr=create_pr, free_memory=False
+                ),
+                tries=1,  # the client tries each request again itself
+            )
 
     def _check_unchanged(self, additions: list[tuple[PlannedFile, CommitOperationAdd]]) -> None:
         for file, addition in additions:

@@ -210,6 +210,27 @@ def test_defects_on_disk(tmp_path: Path, rules: set[str], change: Callable[[Path
     assert all("\n" not in str(finding) for finding in found)
 
 
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "absmax", "beyond"),
+    [
+        ("float16", 65519.0, False),
+        ("float16", 65520.0, True),
+        ("bfloat16", float.fromhex("0x1.fefffep127"), False),
+        ("bfloat16", float.fromhex("0x1.ffp127"), True),
+    ],
+)
+def test_values_beyond_the_range_of_the_dtype(
+    tmp_path: Path, dtype: str, absmax: float, beyond: bool, decode: bool
+) -> None:
+    """Found by decoding, and just as well by the scales alone."""
+    built = make_checkpoint(recipe=Recipe("nf4", 64, False, "float32"), dtype=dtype)
+    set_tensor(f"{WEIGHT}.absmax", set_float(absmax))(built)
+    built.write(tmp_path)
+    found = verify(tmp_path, decode=decode)
+    assert [(finding.rule, finding.severity) for finding in found] == [("T4", "note")] * beyond
+
+
 def test_links_out_of_the_repository(tmp_path: Path) -> None:
     build_checkpoint(tmp_path / "repo", carried=CARRIED)
     for name in ("tokenizer.json", SINGLE):
