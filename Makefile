@@ -51,6 +51,10 @@ bench: $(STAMP) ## Measure against bitsandbytes and transformers; takes about an
 	$(BIN)/python benchmarks/bench_finetune.py --cleanup
 	$(BIN)/python benchmarks/bench_initialization.py
 	$(BIN)/python benchmarks/bench_merge.py
+	$(BIN)/python benchmarks/bench_push.py
+	$(BIN)/python benchmarks/bench_push.py --xet
+	$(BIN)/python benchmarks/bench_hub.py
+	$(BIN)/python benchmarks/bench_hub.py --stress
 	$(BIN)/python benchmarks/bench_convert.py --cleanup
 
 OUT ?= gpu-check.json

@@ -127,15 +127,21 @@ class Retention:
             self.run("train")
         done = {"train": self.train, "evaluate": self.evaluate}
         self.figures[step] = done[step]() if step in done else self.merge(TARGETS[step])
-        self._state.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+        self._save()
         print(f"{self.name} {step}: {self.figures[step]}", flush=True)
+
+    def _save(self) -> None:
+        self._state.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
 
     def train(self) -> dict[str, float]:
         """Convert the model and train its adapter."""
         source = fetched(self.name)
         if not (self.home / "base" / "qlf.json").is_file():
             run_process([*qlf_command(), "convert", source, self.home / "base", "--quiet", "--overwrite"])
-        self.subject.data(source, self.home)
+        if not (self.home / "train.txt").is_file():
+            self.subject.data(source, self.home)
+        if (self.home / "adapter").is_dir():  # complete: it appears under its name only then
+            return {}
         command = [*qlf_command(), "finetune", self.home / "base", "--data", self.home / "train.jsonl", "--quiet"]
         command += ["-o", self.home / "adapter", "--overwrite", "--rank", "8", "--alpha", "16", "--batch-size", "2"]
         command += ["--grad-accum", "1", "--max-steps", str(self.subject.steps), "--lr", self.subject.rate]
@@ -145,8 +151,14 @@ class Retention:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out losses of the base and of the live adapter."""
-        base = self._loss(self.home / "base")
-        return {"base": base, "adapter": self._loss(self.home / "base", "--adapter", str(self.home / "adapter"))}
+        losses = {}
+        for side, more in (("base", []), ("adapter", ["--adapter", str(self.home / "adapter")])):
+            part = f"evaluate {side}"
+            if part not in self.figures:
+                self.figures[part] = self._loss(self.home / "base", *more)
+                self._save()
+            losses[side] = self.figures[part]
+        return losses
 
     def merge(self, target: Target) -> dict[str, float]:
         """Merge, measure the held-out loss, and remove the merged model again."""

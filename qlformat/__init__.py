@@ -18,15 +18,21 @@ if TYPE_CHECKING:
     from qlformat.exporter import ExportReport, export
     from qlformat.layout import QuantState, Recipe
     from qlformat.loader import load_state_dict
+    from qlformat.merge.merger import MergeReport
+    from qlformat.merge.merger import merge as merge_adapters  # qlformat.merge is the package
+    from qlformat.merge.options import AdapterSpec, MergeOptions
     from qlformat.model_loader import load_model
     from qlformat.summary import Summary, summarize
     from qlformat.verifier import Finding, verify
 
 _HOME = {
+    "AdapterSpec": "merge.options",
     "Checkpoint": "checkpoint",
     "ExportReport": "exporter",
     "Finding": "verifier",
     "FormatError": "errors",
+    "MergeOptions": "merge.options",
+    "MergeReport": "merge.merger",
     "NativeError": "errors",
     "QlfError": "errors",
     "QuantState": "layout",
@@ -39,15 +45,19 @@ _HOME = {
     "export": "exporter",
     "load_model": "model_loader",
     "load_state_dict": "loader",
+    "merge_adapters": "merge.merger",
     "open": "checkpoint",
     "summarize": "summary",
     "verify": "verifier",
 }
 
+_NAMED = {"merge_adapters": "merge", "open": "open_checkpoint"}
+"""Names that are others in their modules."""
+
 __all__ = [
-    "Checkpoint", "ExportReport", "Finding", "FormatError", "NativeError", "QlfError", "QuantState", "Recipe",
-    "Report", "SourceError", "Summary", "TargetError", "convert", "export", "load_model", "load_state_dict", "open",
-    "summarize", "verify",
+    "AdapterSpec", "Checkpoint", "ExportReport", "Finding", "FormatError", "MergeOptions", "MergeReport", "NativeError",
+    "QlfError", "QuantState", "Recipe", "Report", "SourceError", "Summary", "TargetError", "convert", "export",
+    "load_model", "load_state_dict", "merge_adapters", "open", "summarize", "verify",
 ]  # fmt: skip
 
 
@@ -55,7 +65,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qlformat' has no attribute {name!r}")
     module = import_module(f"qlformat.{_HOME[name]}")
-    value = getattr(module, "open_checkpoint" if name == "open" else name)
+    value = getattr(module, _NAMED.get(name, name))
     globals()[name] = value
     return value
 

@@ -27,7 +27,6 @@ from qlformat.source import open_source
 from qlformat.stored import CONFIG_NAME
 from qlformat.weights import Severity, Weight
 
-
 # The least float32 that rounds to infinity.
 _OVERFLOW = {"bfloat16": float.fromhex("0x1.ffp127"), "float16": 65520.0, "float32": float("inf")}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -32,17 +31,6 @@ HUB, ELSEWHERE = OUT / "hub", OUT / "elsewhere"
 QUESTION = "Hi! What did you do this weekend?"
 LIMITS = ("--max-new-tokens", "40", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")
 QLF = Path(sys.executable).with_name("qlf")
-
-# Attention in blues and greens, MLP in warm colours.
-COLOURS = {
-    "q_proj": "#08519c",
-    "k_proj": "#4292c6",
-    "v_proj": "#1b9e77",
-    "o_proj": "#7570b3",
-    "gate_proj": "#d95f02",
-    "up_proj": "#e6ab02",
-    "down_proj": "#b2182b",
-}
 
 
 class StepError(RuntimeError):
@@ -129,8 +117,10 @@ def publish() -> None:
     base, adapter = f"demo/{CHECKPOINT.name}", f"demo/{ADAPTER.name}"
     with hub():
         step("", "qlf", "push", CHECKPOINT, base, "--license", "apache-2.0", "--tag", "v1")
+        step("", "qlf", "card", ADAPTER, "--base", base, "--license", "apache-2.0")  # pinned to where the base is now
         step("", "qlf", "push", ADAPTER, adapter, "--license", "apache-2.0")
         step("8. Look at the base from elsewhere, fetch both, and ask again", "qlf", "verify", base, "--headers")
+        step("", "qlf", "adapters", base)
         step("", "qlf", "pull", base, ELSEWHERE / "base", "--revision", "v1")
         step("", "qlf", "pull", adapter, ELSEWHERE / "adapter")
         step("", "qlf", "generate", ELSEWHERE / "base", "--adapter", ELSEWHERE / "adapter", "--prompt", QUESTION,
@@ -144,53 +134,21 @@ def held_out_losses() -> tuple[float, float]:
 
 
 def inspect() -> dict[str, Any]:
-    """What `qlf inspect --tensors --json` says about the checkpoint."""
-    command = [str(QLF), "inspect", str(CHECKPOINT), "--tensors", "--json"]
+    """What `qlf inspect --json` says about the checkpoint."""
+    command = [str(QLF), "inspect", str(CHECKPOINT), "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     summary: dict[str, Any] = json.loads(done.stdout)
     return summary
 
 
-def errors_by_projection(tensors: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """{projection: {layer: relative RMS error}} of the quantized weights."""
-    found: dict[str, dict[int, float]] = {}
-    for tensor in tensors:
-        match = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)\.weight$", tensor["name"])
-        if match and tensor.get("relative_error") is not None:
-            found.setdefault(match[2], {})[int(match[1])] = tensor["relative_error"]
-    return found
+def draw() -> None:
+    """Draw the quantization error of every layer, as the model card has it."""
+    from qlformat import manifest  # not before main has found the installation
+    from qlformat.cards import picture
 
-
-def draw(errors: dict[str, dict[int, float]], title: str) -> None:
-    """Draw one line per projection over the layers, each named at its right end."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=140)
-    ends = []
-    for name in sorted(errors, key=list(COLOURS).index):
-        layers, values = zip(*sorted(errors[name].items()), strict=True)
-        axes.plot(layers, [100 * value for value in values], color=COLOURS[name], linewidth=1.8)
-        ends.append((100 * values[-1], layers[-1], name))
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    height = low
-    for value, layer, name in sorted(ends):
-        height = max(value, height + 0.045 * (high - low))  # labels of close lines are moved apart
-        axes.annotate(
-            name, (layer, value), (layer + 0.9, height), color=COLOURS[name], va="center", fontsize=10,
-            arrowprops={"arrowstyle": "-", "color": COLOURS[name], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
-        )  # fmt: skip
-    axes.set_title(title, loc="left", fontsize=12, pad=12)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("quantization error, RMS (% of the weights' RMS)")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
-    figure.tight_layout()
-    figure.savefig(PICTURE)
+    weights = manifest.parse((CHECKPOINT / manifest.FILE_NAME).read_bytes()).weights
+    title = "SmolLM2-135M-Instruct in NF4 + double quantization, every layer"
+    picture.draw(picture.errors_by_kind(weights), title, PICTURE)
 
 
 def main() -> int:
@@ -216,7 +174,7 @@ def main() -> int:
     begin, end = held_out_losses()
     summary = inspect()
     before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    draw(errors_by_projection(summary["tensors"]), "SmolLM2-135M-Instruct in NF4 + double quantization, every layer")
+    draw()
     print("\nResult")
     print(f"  weights   {before / 1e6:.1f} MB -> {summary['stored_bytes'] / 1e6:.1f} MB")
     print(f"  4 bit     {summary['bits_per_weight']:.3f} bits per quantized weight")

@@ -18,6 +18,8 @@ _GO_ON: Mapping[str, str] = MappingProxyType(
         "convert": "run the same command with --resume to go on",
         "export": "nothing was written; run it again",
         "merge": "run the same command with --resume to go on",
+        "pull": "run the same command to go on",
+        "push": "nothing was published; run the same command to go on",
     }
 )
 _REMEDY: Mapping[int, str] = MappingProxyType(

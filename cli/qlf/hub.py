@@ -17,18 +17,24 @@ from qlformat.errors import QlfError
 if TYPE_CHECKING:
     from qlformat.hub_server.blobs import Blobs
 
-SERVE_EPILOG = """\b
-The clients are the usual ones; tell them where the hub is:
-  export HF_ENDPOINT=http://127.0.0.1:8080
-  hf upload me/my-model ./my-model
-  python -c "from transformers import AutoModel; AutoModel.from_pretrained('me/my-model')"
-\b
-Without --token-file everyone who reaches the hub may read, write and delete.
-A line of the file is ROLE NAME TOKEN [NAMESPACE,...], ROLE is read or write:
-  write alice hf_0123456789abcdef
-  read  lab   sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+EPILOG = """\b
+Examples:
+  qlf hub serve --root ./hub
+  qlf hub serve --root ./hub --host 0.0.0.0 --token-file tokens
+  qlf hub gc --root ./hub --dry-run
 """
 
+SERVE_EPILOG = """\b
+The clients are the usual ones; tell them where the hub is:
+  export HF_ENDPOINT=http://127.0.0.1:8000
+  hf upload me/my-model ./my-model
+  qlf push ./my-model-nf4 me/my-model-nf4
+\b
+Without --token-file everyone who reaches the hub may read, write and delete.
+A line of the file is ROLE NAME TOKEN [NAMESPACE,...]; ROLE is read or write,
+TOKEN a text of 16 characters or more, or sha256:HEX of one:
+  write alice hf_0123456789abcdef
+"""
 
 _root = click.option(
     "--root", type=options.Location(path_type=Path), required=True, metavar="DIR", help="Where everything is kept."
@@ -36,7 +42,7 @@ _root = click.option(
 _s3 = click.option("--s3", metavar="s3://BUCKET/PREFIX", help="Keep contents in this bucket rather than below DIR.")
 
 
-@click.group("hub", context_settings=options.CONTEXT)
+@click.group("hub", context_settings=options.CONTEXT, epilog=EPILOG)
 def command() -> None:
     """A small hub that huggingface_hub, transformers, peft and `hf` work with."""
 
@@ -44,7 +50,7 @@ def command() -> None:
 @command.command("serve", context_settings=options.CONTEXT, epilog=SERVE_EPILOG)
 @_root
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--token-file", type=options.Location(path_type=Path), metavar="FILE", help="Who may read and write.")
 @_s3
 @click.option("--s3-redirect", is_flag=True, help="Send clients to the bucket for downloads.")
@@ -71,12 +77,13 @@ def serve(
     """Serve a hub from a directory, until Ctrl-C."""
     with _installed():
         from qlformat.hub_server import server
+        from qlformat.hub_server.asking import is_loopback
         from qlformat.hub_server.limits import Limits
     try:
         limits = Limits(part=options.parse_size(part_size))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--part-size") from None
-    if token_file is None and not server.is_loopback(host):
+    if token_file is None and not is_loopback(host):
         output.error("warning: ", f"everyone who reaches {host} may read, write and delete; give --token-file")
 
     def started(url: str) -> None:

@@ -76,6 +76,10 @@ def command(base: str | None, adapters: tuple[str, ...], out: Path, quiet: bool,
     if (base is None) != (to == "adapter"):
         needed = "no BASE: it combines adapters" if to == "adapter" else "a BASE"
         raise click.UsageError(f"--to {to} needs {needed}")
+    if given["threads"] and (given["calibration"] or given["eval_data"]):
+        import torch
+
+        torch.set_num_threads(given["threads"])
     names = ("to", "method", "density", "rank", "onto", "rounding", "seed", "min_retention", "allow_base_mismatch")
     asked = MergeOptions(**{name: given[name] for name in names})
     with progress(quiet) as listener:

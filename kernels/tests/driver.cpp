@@ -163,10 +163,9 @@ void check_merge(size_t rows, size_t columns, size_t rank, size_t first, size_t 
         if (!qlf_isa_supported(isa)) continue;
         Buffer out(expected.size());
         int32_t overflowed = -1;
-        const int32_t status =
-            rank ? qlf_add_low_rank(base.data(), from, columns, first, n, left.data(), right.data(), rank, &scale,
-                                    out.data(), to, &overflowed, isa)
-                 : qlf_convert(base.data(), from, n, out.data(), to, &overflowed, isa);
+        const int32_t status = rank ? qlf_add_low_rank(base.data(), from, columns, first, n, left.data(), right.data(),
+                                                       rank, &scale, out.data(), to, &overflowed, isa)
+                                    : qlf_convert(base.data(), from, n, out.data(), to, &overflowed, isa);
         expect(status == QLF_OK && overflowed == 0, "merge", n, static_cast<unsigned>(rank), isa);
         if (isa == QLF_ISA_SCALAR) memcpy(expected.data(), out.data(), out.size());
         expect(equal(out, expected), "merged values", n, static_cast<unsigned>(rank), isa);

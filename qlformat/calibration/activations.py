@@ -1,7 +1,7 @@
 """Walk a transformers model layer by layer: only one decoder layer has weights at a time.
 
-The hidden states of the calibration windows enter a layer, its linear layers are quantized group by group (those that
-read the same input are a group), and the output of the quantized layer is what enters the next one.
+Two streams of hidden states go through every layer: one through the weights of the source, and one in which each linear
+layer is quantized at the moment it is about to run, so that everything after it sees what it has become.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 Tensors = Callable[[str], "torch.Tensor"]
 """Name of a weight of the source -> float32 tensor, in the source's own orientation."""
 
-BATCH = 8
-"""Windows run at a time."""
+Visit = Callable[[str, Any, "torch.Tensor", "torch.Tensor"], None]
+"""Called with (name of the weight, module, its input, the input it has in the model of the source) to quantize it."""
+
+
+_FAILURES = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError)
+"""What a model raises that was called in a way it does not know."""
 
 
 class _Enough(Exception):
@@ -58,8 +62,9 @@ class LayerWalk:
         if converted:
             raise self._unfit(f"transformers renames or merges {converted} while loading")
         self._wanted = wanted
-        self._hidden: list[torch.Tensor] = []
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._hidden: torch.Tensor
+        self._exact: torch.Tensor
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._as_tuple = False
 
     def _unfit(self, reason: str) -> QlfError:
@@ -97,45 +102,104 @@ class LayerWalk:
         for key, parameter in list(self.model.named_parameters()):
             if not key.startswith(inner) and id(parameter) in owned:
                 self._fill(self.model, key, key)
-        batches = windows.split(BATCH)
         try:
-            self._record(base, batches)
-            if self._hidden[0].shape[:2] != batches[0].shape or not self._chained:
+            self._record(base, windows)
+            if self._hidden.shape[:2] != windows.shape or not self._chained:
                 self._as_tuple = True
-                self._record(base, batches)
+                self._record(base, windows)
         except _Enough:
             raise self._unfit("its forward pass ended early") from None
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
+        except _FAILURES as error:
             raise self._unfit(" ".join(str(error).split())[:150]) from error
-        if not self._chained or any(len(calls) != len(self.layers) for calls in self._calls):
+        if not self._chained or len(self._calls) != len(self.layers):
             raise self._unfit("its layers are not called one after another")
-        for module in self.model.modules():  # the embeddings are not needed any more
-            _empty(module)
+        self._exact = self._hidden
+        self._empty_all()  # the embeddings are not needed any more
 
-    def _record(self, base: Any, batches: tuple[torch.Tensor, ...]) -> None:
-        self._hidden, self._calls, self._chained = [], [], True
-        with _replaced_forward(self.layers, self._stand_in):
-            for batch in batches:
-                self._calls.append([])
-                with contextlib.suppress(_Enough):
-                    base(input_ids=batch, use_cache=False)
+    def _record(self, base: Any, windows: torch.Tensor) -> None:
+        self._calls, self._chained = [], True
+        with _replaced_forward(self.layers, self._stand_in), contextlib.suppress(_Enough):
+            base(input_ids=windows, use_cache=False)
 
     def _stand_in(self, index: int) -> Callable[..., Any]:
         def forward(hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
-            calls = self._calls[-1]
-            self._chained &= len(calls) == index
+            self._chained &= len(self._calls) == index
             if index == 0:
-                self._hidden.append(hidden_states.float())
+                self._hidden = hidden_states.float()
             else:
-                self._chained &= hidden_states.shape == self._hidden[-1].shape
-            calls.append((args, options))
+                self._chained &= hidden_states.shape == self._hidden.shape
+            self._calls.append((args, options))
             if index == len(self.layers) - 1:
                 raise _Enough
             return (hidden_states,) if self._as_tuple else hidden_states
 
         return forward
 
-    def enter(self, index: int) -> None:
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all its weights, float32, for the time of the context.
+
+        Raises:
+            QlfError: the source lacks one, or the model failed in the context.
+        """
+        for key in [key for key, _ in self.model.named_parameters() if key in self._source]:
+            self._fill(self.model, key, key)
+        self.model.tie_weights()
+        missing = [key for key, value in self.model.named_parameters() if value.device.type == "meta"]
+        if missing:
+            raise self._unfit(f"the source has no {missing[0]}")
+        try:
+            yield self.model
+        except _FAILURES as error:
+            raise self._unfit(" ".join(str(error).split())[:150]) from error
+        finally:
+            self._empty_all()
+
+    def quantize(self, index: int, visit: Visit) -> None:
+        """Run one layer on both streams; in the second, every linear layer is visited before it runs.
+
+        A linear layer that does not run is not visited.
+        """
+        self._enter(index)
+        layer = self.layers[index]
+        exact: dict[str, torch.Tensor] = {}
+
+        def note(name: str, module: Any, entering: torch.Tensor) -> None:
+            exact.setdefault(name, entering)
+
+        def visit_once(name: str, module: Any, entering: torch.Tensor) -> None:
+            if name in exact:
+                visit(name, module, entering, exact.pop(name))
+
+        try:
+            with self._hooked(index, note):
+                self._exact = self._run(index, self._exact)
+            with self._hooked(index, visit_once):
+                self._hidden = self._run(index, self._hidden)
+        finally:
+            for module in layer.modules():
+                _empty(module)
+        self._calls[index] = ((), {})
+
+    @contextlib.contextmanager
+    def _hooked(self, index: int, call: Callable[[str, Any, torch.Tensor], None]) -> Iterator[None]:
+        """`call` before each linear layer to be quantized."""
+
+        def hook_of(name: str) -> Callable[..., None]:
+            return lambda module, args: call(name, module, args[0])
+
+        hooks = []
+        for path, module in self.layers[index].named_modules():
+            name = self._source.get(f"{self._path}.{index}.{path}.weight")
+            if name in self._wanted and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
+                hooks.append(module.register_forward_pre_hook(hook_of(name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, index: int) -> None:
         """Give one layer its weights, float32."""
         layer = self.layers[index]
         for key, _ in [*layer.named_parameters(), *layer.named_buffers()]:
@@ -145,66 +209,15 @@ class LayerWalk:
             elif key in dict(layer.named_parameters()):
                 raise self._unfit(f"the source has no {full}")
 
-    def groups(self, index: int) -> list[list[tuple[str, Any]]]:
-        """(name of the weight, module) of the linear layers to quantize in one layer, by the input they read.
-
-        In the order in which they run; a linear layer that does not run is left out.
-        """
-        layer, hooks = self.layers[index], []
-        seen: dict[tuple[int, tuple[int, ...]], list[tuple[str, Any]]] = {}
-
-        def note(name: str, module: Any) -> Callable[..., None]:
-            def hook(_: Any, args: tuple[Any, ...]) -> None:
-                found = seen.setdefault((args[0].data_ptr(), tuple(args[0].shape)), [])
-                if (name, module) not in found:
-                    found.append((name, module))
-                kept.append(args[0])  # its memory must not be given to another input
-
-            return hook
-
-        kept: list[torch.Tensor] = []
-        for path, module in layer.named_modules():
-            name = self._source.get(f"{self._path}.{index}.{path}.weight")
-            if name in self._wanted and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
-                hooks.append(module.register_forward_pre_hook(note(name, module)))
-        try:
-            self._run(index, 0)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return list(seen.values())
-
-    def inputs(self, index: int, module: Any) -> Iterator[torch.Tensor]:
-        """What enters one linear layer, float32 [windows, tokens, in] for each batch, with the weights as they are."""
-        caught: list[torch.Tensor] = []
-
-        def hook(_: Any, args: tuple[Any, ...]) -> None:
-            caught.append(args[0])
-            raise _Enough
-
-        handle = module.register_forward_pre_hook(hook)
-        try:
-            for batch in range(len(self._hidden)):
-                with contextlib.suppress(_Enough):
-                    self._run(index, batch)
-                yield from caught
-                caught.clear()
-        finally:
-            handle.remove()
-
-    def leave(self, index: int) -> None:
-        """Replace the hidden states by the layer's output, and take its weights away."""
-        for batch in range(len(self._hidden)):
-            self._hidden[batch] = self._run(index, batch)
-            self._calls[batch][index] = ((), {})
-        for module in self.layers[index].modules():
-            _empty(module)
-
-    def _run(self, index: int, batch: int) -> torch.Tensor:
-        args, options = self._calls[batch][index]
-        result = self.layers[index](self._hidden[batch], *args, **options)
+    def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        args, options = self._calls[index]
+        result = self.layers[index](hidden, *args, **options)
         output: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return output
+
+    def _empty_all(self) -> None:
+        for module in self.model.modules():
+            _empty(module)
 
     def _fill(self, root: Any, key: str, full: str) -> None:
         import torch

@@ -1,8 +1,8 @@
 """Calibrated quantization of a model, layer by layer: codes and scales for every weight of the decoder layers.
 
-Memory: one layer in float32, the hidden states of the calibration windows, and the Hessian of one group of layers.
-Within a layer the groups are quantized in the order in which they run, and what enters a group has come through all
-that is quantized already.
+Memory: one layer in float32, and what flows through it for all windows at once; before that, while a small model writes
+its own calibration text, all of the model. Linear layers are quantized in the order in which they run, and what enters
+one has come through all that is quantized already.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import numpy.typing as npt
 from qlformat import codec, reference
 from qlformat.calibration import feedback, scales
 from qlformat.calibration.activations import LayerWalk, Tensors
+from qlformat.calibration.moments import Moments
+from qlformat.calibration.own_text import own_windows
 from qlformat.calibration.settings import METHOD, CalibrationRecord, CalibrationSettings
+from qlformat.calibration.texts import begin_token
 from qlformat.codebook import CODEBOOKS
 from qlformat.errors import SourceError
 from qlformat.layout import QuantState
@@ -32,8 +35,6 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
 }
-HELD_OUT = 8
-"""Every eighth window takes no part in the Hessian; on it the result must beat plain rounding."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Calibration:
         names: of all weights of the source.
         states: weight to be quantized -> its quant_state; only matrices are calibrated.
         tensors: gives any weight of the source, float32, in the source's own orientation.
-        windows: int64 [windows, tokens], to calibrate on (texts.windows).
+        windows: int64 [windows, tokens], of the text to calibrate on (texts.windows).
         text_sha256: of the text they were taken from.
         settings: how.
 
@@ -84,17 +85,26 @@ class Calibration:
         self._states, self._settings = states, settings
         self._walk = LayerWalk(directory, names, states, tensors)
         self._windows = windows
+        self._begin = begin_token(directory) if settings.own_tokens and self._writes_itself() else None
+        self._own = 0 if self._begin is None else -(-settings.own_tokens // windows.shape[1])
         self.record = CalibrationRecord(
             method=METHOD,
             text_sha256=text_sha256,
-            samples=windows.shape[0],
+            samples=self._own + windows.shape[0],
+            own_samples=self._own,
             window=windows.shape[1],
             damping=settings.damping,
+            correction=settings.correction,
             sweeps=settings.sweeps,
-            refits=settings.refits,
             seed=settings.seed,
             threads=torch.get_num_threads(),
         )
+
+    def _writes_itself(self) -> bool:
+        """Whether the model is small enough to be in memory, and keeps its past in a cache that grows."""
+        model = self._walk.model
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return size <= self._settings.own_limit and not getattr(model, "_is_stateful", False)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Rounded]:
         """Quantize; every weight of a layer is given when the layer is done.
@@ -110,68 +120,57 @@ class Calibration:
 
         walk = self._walk
         with torch.no_grad():
-            walk.embed(self._windows)
+            walk.embed(self._all_windows())
         for index in range(len(walk.layers)):
+            results: list[Rounded] = []
             with torch.no_grad():  # left before the yield: the mode belongs to the thread, not to this generator
-                results = self._layer(index)
+                walk.quantize(index, _Visitor(self._states, self._settings, len(self._windows) + self._own, results))
             yield from results
             if progress:
                 progress(index + 1, len(walk.layers))
 
-    def _layer(self, index: int) -> list[Rounded]:
-        self._walk.enter(index)
-        results = [rounded for group in self._walk.groups(index) for rounded in self._quantize(index, group)]
-        self._walk.leave(index)
-        return results
-
-    def _quantize(self, index: int, group: list[tuple[str, Any]]) -> Iterator[Rounded]:
-        """Quantize the linear layers that read one input, and put what they decode to in their place."""
-        fitted, held_out = self._hessians(index, group[0][1])
-        for name, module in group:
-            state = self._states[name]
-            turned = hasattr(module, "nf")  # Conv1D of GPT-2, which stores [in, out]
-            weight = (module.weight.T if turned else module.weight).float().contiguous()
-            if not weight.isfinite().all():
-                raise SourceError(
-                    f"found NaN or infinity, needed finite values; repair the source, or leave it out with "
-                    f"--skip {name}",
-                    rule="E1", tensor=name,
-                )  # fmt: skip
-            rounding = Rounding(weight, state, self._settings)
-            plain, decoded_plain = rounding.nearest()
-            chosen, decoded = rounding.fit(fitted)
-            before = feedback.output_error(weight, decoded_plain, held_out)
-            after = feedback.output_error(weight, decoded, held_out)
-            if not after < before:
-                chosen, decoded, after = plain, decoded_plain, before
-            module.weight.data = decoded.T.contiguous() if turned else decoded
-            packed, absmax = chosen
-            yield Rounded(name, packed, absmax, after / before if before else 1.0)
-
-    def _hessians(self, index: int, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second moments of a linear layer's input, float32 [in, in]: of the windows fitted to, and of the others.
-
-        The first token of a window is left out, and no token counts more than the usual one: in many models a few
-        tokens have activations a thousand times as large, and would hide what all the others need.
-        """
+    def _all_windows(self) -> torch.Tensor:
         import torch
 
-        sums = [torch.zeros(0), torch.zeros(0)]
-        counts, position, usual = [0, 0], 0, None
-        for batch in self._walk.inputs(index, module):
-            rows = batch.reshape(-1, self._windows.shape[1], batch.shape[-1])[:, 1:]
-            norms = rows.square().sum(-1, keepdim=True)
-            usual = norms.median() if usual is None else usual
-            shares = (usual / norms.clamp_min(1e-30)).clamp_max(1)
-            for window, share in zip(rows, shares, strict=True):
-                part = int(position % HELD_OUT == HELD_OUT - 1)
-                moments = (window * share).T @ window
-                sums[part] = moments if not counts[part] else sums[part] + moments
-                counts[part] += len(window)
-                position += 1
-        if not counts[1]:
-            sums[1], counts[1] = sums[0], counts[0]
-        return sums[0] / counts[0], sums[1] / counts[1]
+        if self._begin is None:
+            return self._windows
+        with self._walk.whole() as model:
+            size = self._windows.shape[1]
+            own = own_windows(model, self._begin, self._own, size, self._settings.seed)
+        return torch.cat([own, self._windows])
+
+
+class _Visitor:
+    """Quantizes the linear layers of one decoder layer when they are about to run."""
+
+    def __init__(
+        self, states: Mapping[str, QuantState], settings: CalibrationSettings, windows: int, results: list[Rounded]
+    ) -> None:
+        self._states, self._settings, self._windows, self._results = states, settings, windows, results
+        self._moments: Moments | None = None
+
+    def __call__(self, name: str, module: Any, entering: torch.Tensor, exact: torch.Tensor) -> None:
+        """Quantize one, and put what it decodes to in its place; those that read the same input share its moments."""
+        state = self._states[name]
+        turned = hasattr(module, "nf")  # Conv1D of GPT-2, which stores [in, out]
+        weight = (module.weight.T if turned else module.weight).float().contiguous()
+        if not weight.isfinite().all():
+            raise SourceError(
+                f"found NaN or infinity, needed finite values; repair the source, or leave it out with --skip {name}",
+                rule="E1", tensor=name,
+            )  # fmt: skip
+        if self._moments is None or self._moments.entering is not entering:
+            self._moments = Moments(entering, exact, self._windows, self._settings)
+        moments = self._moments
+        rounding = Rounding(weight, state, self._settings)
+        plain, decoded_plain = rounding.nearest()
+        chosen, decoded = rounding.fit(moments)
+        before, after = moments.output_error(weight, decoded_plain), moments.output_error(weight, decoded)
+        if not after < before:
+            chosen, decoded, after = plain, decoded_plain, before
+        module.weight.data = decoded.T.contiguous() if turned else decoded
+        packed, absmax = chosen
+        self._results.append(Rounded(name, packed, absmax, after / before if before else 1.0))
 
 
 class Rounding:
@@ -200,29 +199,17 @@ class Rounding:
         )
         return (packed, absmax), torch.from_numpy(decoded).view(self._weight.shape)
 
-    def fit(self, hessian: torch.Tensor) -> tuple[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]], torch.Tensor]:
-        """Scales by activation, codes with error feedback; what is stored, and what it decodes to.
-
-        Args:
-            hessian: float32 [in, in].
-        """
-        import torch
-
-        weight, state, settings = self._weight, self._state, self._settings
-        hessian = feedback.damped(hessian, settings.damping)
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        back = torch.argsort(order)
-        factor = feedback.inverse_factor(hessian[order][:, order])
-        importance = factor.diagonal().square().reciprocal()[back]
-        absmax = scales.search(weight, importance, state.blocksize, self._grid)
-        for attempt in range(settings.refits + 1):
-            decoded_absmax = scales.stored(absmax, state.nested).clamp_min(scales.SMALLEST)
-            scale = scales.spread(decoded_absmax, state.blocksize, weight.shape)
-            rounded = feedback.round_columns(weight[:, order], scale[:, order], factor, self._grid)[:, back]
-            for _ in range(settings.sweeps):
-                rounded = feedback.descend(weight, rounded, scale, hessian, self._grid)
-            if attempt < settings.refits:
-                absmax = scales.refit(weight, rounded / scale, decoded_absmax, hessian, state.blocksize)
+    def fit(self, moments: Moments) -> tuple[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]], torch.Tensor]:
+        """Scales by activation, codes with error feedback; what is stored, and what it decodes to."""
+        state, order = self._state, moments.order
+        target = moments.corrected(self._weight)
+        absmax = scales.search(target, moments.importance, state.blocksize, self._grid)
+        decoded_absmax = scales.stored(absmax, state.nested).clamp_min(scales.SMALLEST)
+        scale = scales.spread(decoded_absmax, state.blocksize, target.shape)
+        rounded = feedback.round_columns(target[:, order], scale[:, order], moments.factor, self._grid)
+        rounded = rounded[:, moments.back].contiguous()
+        for _ in range(self._settings.sweeps):
+            rounded = feedback.descend(target, rounded, scale, moments.hessian, self._grid)
         return (self._packed(rounded / scale), absmax.numpy()), rounded
 
     def _packed(self, codes: torch.Tensor) -> npt.NDArray[np.uint8]:

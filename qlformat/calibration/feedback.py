@@ -35,29 +35,6 @@ class Grid:
         return self.values[torch.bucketize(weight / scale, self.thresholds)] * scale
 
 
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The Hessian with `damping` times the mean of its diagonal added to the diagonal; inputs never seen count as one.
-
-    Args:
-        hessian: float32 [in, in], symmetric.
-    """
-    import torch
-
-    mean = hessian.diagonal().mean()
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    result = hessian.clone()
-    result.diagonal().add_(damping * mean)
-    return result
-
-
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with U^T U = inverse of the Hessian, float32 [in, in], computed in float64."""
-    import torch
-
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
-
-
 def round_columns(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round column after column, each error spread over the columns after it.
 
@@ -105,9 +82,3 @@ def descend(
             slope += torch.outer(local[column], change)
         result[:, start:stop] = part.T
     return result
-
-
-def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr((Q - W) H (Q - W)^T): the mean squared error of the layer's output, summed over its outputs."""
-    difference = rounded - weight
-    return float(((difference @ hessian) * difference).sum())

@@ -20,6 +20,8 @@ LOWEST, HIGHEST = 0.6, 1.1
 """Scales tried, as shares of the block's largest magnitude."""
 SMALLEST = 1e-12
 """Scales are at least this, so that weights can be divided by them."""
+_BINS = 4096
+"""Places between -1 and 1 for which the rounding error of each candidate is tabulated."""
 
 
 def search(weight: torch.Tensor, importance: torch.Tensor, blocksize: int, grid: Grid) -> torch.Tensor:
@@ -37,55 +39,16 @@ def search(weight: torch.Tensor, importance: torch.Tensor, blocksize: int, grid:
     values = _blocks(weight, blocksize)
     weights = _blocks(importance.expand_as(weight), blocksize)
     largest = values.abs().amax(1).clamp_min(SMALLEST)
+    bins = ((values / largest[:, None] + 1) * (_BINS // 2)).to(torch.int32).clamp_(0, _BINS - 1)
+    middles = (torch.arange(_BINS) + 0.5) / (_BINS // 2) - 1
     best = torch.full_like(largest, math.inf)
-    chosen = largest
+    chosen = torch.ones_like(largest)
     for share in torch.linspace(LOWEST, HIGHEST, CANDIDATES):
-        scale = largest * share
-        error = ((grid.nearest(values, scale[:, None]) - values).square() * weights).sum(1)
+        squares = (grid.nearest(middles, share) - middles).square()
+        error = torch.linalg.vecdot(squares.index_select(0, bins.view(-1)).view(bins.shape), weights)
         better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-    return chosen
-
-
-def refit(
-    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, blocksize: int
-) -> torch.Tensor:
-    """The scales with the smallest output error for given codes, one block after another.
-
-    Blocks at the same place of every period of rows share no row, so all of them are fitted at once.
-
-    Args:
-        weight: float32 [out, in].
-        codes: float32 [out, in], the grid's values that the weight was rounded to.
-        scale: float32 [blocks], where to begin.
-        hessian: float32 [in, in].
-
-    Returns:
-        float32 [blocks].
-    """
-    import torch
-
-    rows, width = weight.shape
-    period = blocksize // math.gcd(width, blocksize)  # rows after which a block begins with a row again
-    places = period * width // blocksize
-    count = -(-rows // period)
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, count * period - rows))
-    target = torch.nn.functional.pad(weight, (0, 0, 0, count * period - rows))
-    fitted = torch.nn.functional.pad(scale, (0, count * places - scale.numel())).view(count, places)
-    error = codes * spread(fitted.reshape(-1), blocksize, codes.shape) - target
-    codes, error = codes.view(count, period, width), error.view(count, period, width)
-    for place in range(places):
-        slope = curvature = torch.zeros(count)
-        segments = list(_segments(place * blocksize, (place + 1) * blocksize, width))
-        for row, begin, end in segments:
-            code = codes[:, row, begin:end]
-            slope = slope + (code * (error[:, row] @ hessian[:, begin:end])).sum(1)
-            curvature = curvature + ((code @ hessian[begin:end, begin:end]) * code).sum(1)
-        step = torch.where(curvature > 0, slope / curvature.clamp_min(1e-30), 0.0)
-        fitted[:, place] -= step
-        for row, begin, end in segments:
-            error[:, row, begin:end] -= codes[:, row, begin:end] * step[:, None]
-    return fitted.reshape(-1)[: scale.numel()].clamp_min(SMALLEST)
+        best, chosen = torch.where(better, error, best), torch.where(better, share, chosen)
+    return largest * chosen
 
 
 def stored(scale: torch.Tensor, double_quant: bool) -> torch.Tensor:
@@ -109,14 +72,3 @@ def _blocks(values: torch.Tensor, blocksize: int) -> torch.Tensor:
 
     flat = values.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
-
-
-def _segments(start: int, stop: int, width: int) -> list[tuple[int, int, int]]:
-    """(row, first column, end column) of the parts of a run of the flattened matrix that lie in one row each."""
-    found = []
-    while start < stop:
-        row, begin = divmod(start, width)
-        end = min(width, begin + stop - start)
-        found.append((row, begin, end))
-        start += end - begin
-    return found

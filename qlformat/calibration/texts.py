@@ -96,6 +96,13 @@ def windows(texts: Texts, directory: Path, context: int | None, settings: Calibr
     return torch.tensor(chosen)
 
 
+def begin_token(directory: Path) -> int | None:
+    """The token that a text begins with, or the one that ends the text before it."""
+    tokenizer = _tokenizer(directory)
+    begin: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return begin
+
+
 def _tokenizer(directory: Path) -> Any:
     import transformers
 

@@ -13,6 +13,8 @@ from qlformat.summary import summarize
 
 REPORT = "merge_report.json"
 PICTURE = "merge_report.svg"
+_MOST_BARS = 40
+"""The picture of more weights is too tall for a card, which then links to it."""
 
 
 def home(report: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -106,7 +108,10 @@ def _kept(directory: Path, report: Mapping[str, Any]) -> str:
             rows.append((f"held-out loss {label} (nats per token)", f"{retention[key]:.4f}"))
     if isinstance(retention.get("retention"), float):
         rows.append(("share of the held-out gain that was kept", f"{retention['retention']:.3f}"))
-    drawn = f"![share of each change that was kept]({PICTURE})" if (directory / PICTURE).is_file() else ""
+    drawn = ""
+    if (directory / PICTURE).is_file():  # a bar for each weight
+        link = f"[share of each change that was kept]({PICTURE})"
+        drawn = f"!{link}" if summary.get("weights", 0) <= _MOST_BARS else f"Weight by weight: {link}."
     return section("What was kept of the adapters", table(["", ""], rows), drawn) if rows else ""
 
 

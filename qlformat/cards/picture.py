@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -37,22 +38,33 @@ def errors_by_kind(weights: Iterable[WeightEntry]) -> dict[str, dict[int, float]
     """{kind: {layer: relative error}} of the quantized weights in numbered layers.
 
     A kind is the last part of a weight's name, or all of it within the layer where the last part is not unique.
+    Numbered parts of a layer, such as experts, are one kind; its error is their mean.
     """
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for weight in weights:
         match = _LAYER.search(weight.name)
         if match and weight.relative_error is not None:
-            found[match[2]][int(match[1])] = weight.relative_error
+            kind = ".".join(part for part in match[2].split(".") if not part.isdecimal())
+            found[kind][int(match[1])].append(weight.relative_error)
     last = [kind.rpartition(".")[2] for kind in found]
-    return {
-        short if last.count(short) == 1 else kind: dict(sorted(errors.items()))
-        for (kind, errors), short in zip(found.items(), last, strict=True)
-    }
+    named: dict[str, dict[int, float]] = {}
+    for kind, layers in found.items():
+        short = kind.rpartition(".")[2]
+        label = short if last.count(short) == 1 else kind
+        most = max(map(len, layers.values()))
+        label += f" (mean of {most})" if most > 1 else ""
+        named[label] = {layer: sum(errors) / len(errors) for layer, errors in sorted(layers.items())}
+    return named
+
+
+def worth_drawing(errors: Errors) -> bool:
+    """Whether there is a line to draw."""
+    return any(len(layers) > 1 for layers in errors.values())
 
 
 def drawable(errors: Errors) -> bool:
-    """Whether there is a line to draw."""
-    return any(len(layers) > 1 for layers in errors.values())
+    """Whether there is a line to draw, and matplotlib to draw it."""
+    return worth_drawing(errors) and importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(errors: Errors, title: str, path: Path) -> None:

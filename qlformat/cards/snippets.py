@@ -86,7 +86,8 @@ def peft_training(model: Model) -> str:
         "",
         f"model = {model.auto_class}.from_pretrained({model.at})",
         "model = peft.prepare_model_for_kbit_training(model)",
-        f'model = peft.get_peft_model(model, peft.LoraConfig({task}target_modules="all-linear"))',
+        f'lora = peft.LoraConfig({task}target_modules="all-linear")',
+        "model = peft.get_peft_model(model, lora)",
         "model.print_trainable_parameters()",
     )
 

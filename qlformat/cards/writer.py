@@ -17,6 +17,8 @@ from qlformat.staging import target_error
 
 _PAIRED = {"base_model_relation": "base_model", "license_name": "license", "license_link": "license"}
 """Keys that say something of the value of another: they are written beside our value of it only."""
+_PEFT_TAG = "base_model:adapter:"
+"""Before the name of the base in the tags that peft writes."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Card:
 
     Attributes:
         text: of README.md.
-        pictures: (file name, errors, title) of what is to be drawn.
+        errors: what the picture shows; empty where there is none.
+        title: of the picture.
         notes: what the author should know.
     """
 
@@ -81,7 +84,9 @@ def make_card(
     if described is None:
         return None
     generated = metadata.canonical(described.metadata)
-    changes, recorded, kept = _changes(found, generated, _peft_name(directory), license_id is not None)
+    changes, recorded, kept = _changes(
+        found, generated, _peft_names(directory, found.metadata()), license_id is not None
+    )
     text = found.with_metadata(changes)
     if not text.before.strip() and text.block is None:
         text = replace(text, before=f"{text.before}# {described.title}\n\n")
@@ -91,6 +96,8 @@ def make_card(
     notes = [*(described.notes if "license" not in final else ()), *kept]
     parsed = None if (directory / adapters.CONFIG_NAME).is_file() else base.read_manifest(directory)
     errors = picture.errors_by_kind(parsed.weights) if parsed else {}
+    if picture.worth_drawing(errors) and not picture.drawable(errors):
+        notes.append("the card has no picture of the error, which needs matplotlib: pip install matplotlib")
     return Card(text.text(), errors, f"{described.title}, every layer", tuple(notes))
 
 
@@ -132,7 +139,7 @@ def _describe(directory: Path, name: str, license_id: str | None, online: bool) 
 
 
 def _changes(
-    found: Document, generated: Mapping[str, Any], peft_name: str | None, license_given: bool
+    found: Document, generated: Mapping[str, Any], peft_names: set[str], license_given: bool
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """(keys to write, hashes of what is ours, notes on what stays).
 
@@ -145,10 +152,10 @@ def _changes(
         if key not in present or (license_given and key == "license"):
             return True
         value = present[key]
-        if key == "base_model" and peft_name is not None and value == peft_name:
+        if key == "base_model" and isinstance(value, str) and value in peft_names:
             return True
-        if key == "tags" and peft_name is not None and isinstance(value, list):
-            return f"base_model:adapter:{peft_name}" in value
+        if key == "tags" and isinstance(value, list) and any(f"{_PEFT_TAG}{name}" in value for name in peft_names):
+            return True
         return found.recorded.get(key) == document.digest(value)
 
     changes: dict[str, Any] = {}
@@ -175,12 +182,14 @@ def _changes(
     return changes, recorded, notes
 
 
-def _peft_name(directory: Path) -> str | None:
+def _peft_names(directory: Path, present: Mapping[str, Any]) -> set[str]:
     """What peft's save_pretrained names the base in the card that it writes: often a path, which no hub takes."""
     if not (directory / adapters.CONFIG_NAME).is_file():
-        return None
-    name = content.read_object(directory / adapters.CONFIG_NAME).get("base_model_name_or_path")
-    return name if isinstance(name, str) else None
+        return set()
+    name, tags = present.get("base_model"), present.get("tags")
+    tagged = isinstance(tags, list) and f"{_PEFT_TAG}{name}" in tags
+    recorded = content.read_object(directory / adapters.CONFIG_NAME).get("base_model_name_or_path")
+    return {value for value in (name if tagged else None, recorded) if isinstance(value, str)}
 
 
 def _draw(made: Card, directory: Path) -> None:

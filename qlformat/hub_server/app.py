@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qlformat.hub_server import api, committing, downloads, names, preupload, pull_requests, uploads, xet_access
-from qlformat.hub_server.asking import Ask, endpoint, refusal
-from qlformat.hub_server.refusals import Refused
+from qlformat.hub_server.asking import Ask, endpoint, is_loopback, refusal
+from qlformat.hub_server.refusals import Refused, shown
 from qlformat.hub_server.service import Hub
 
 _REPO = "/{namespace}/{name}"
@@ -47,6 +49,7 @@ def application(hub: Hub, pages: Sequence[BaseRoute] = ()) -> Starlette:
     app = Starlette(routes=[*_routes(), *pages, Route("/{path:path}", _unknown, methods=list(_METHODS))])
     app.state.hub = hub
     app.add_middleware(EncodedPaths)
+    app.add_middleware(OwnSite, unguarded=hub.tokens.open)
     return app
 
 
@@ -68,6 +71,45 @@ class EncodedPaths:
         if scope["type"] == "http":
             scope = {**scope, "path": scope["raw_path"].decode("latin-1")}
         await self._app(scope, receive, send)
+
+
+class OwnSite:
+    """Refuses what a page of another site makes a browser on this machine ask for.
+
+    A hub without tokens trusts everyone who reaches it, and every page that a browser shows can reach the loopback
+    interface. Such a request has an Origin that is not this hub's or, if the page's name was made to lead here (DNS
+    rebinding), a Host that is not this machine's.
+
+    Args:
+        app: what is called.
+        unguarded: whether the hub has no tokens.
+    """
+
+    def __init__(self, app: ASGIApp, unguarded: bool) -> None:
+        self._app = app
+        self._unguarded = unguarded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] == "http" and self._unguarded and (fault := _foreign(scope)):
+            await refusal(Refused(403, f"{fault}; start the hub with --token-file if this is meant to work"))(
+                scope, receive, send
+            )
+            return
+        await self._app(scope, receive, send)
+
+
+def _foreign(scope: Scope) -> str | None:
+    """What about a request says that another site is behind it, or None."""
+    headers = Headers(scope=scope)
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if scope["method"] not in ("GET", "HEAD") and origin is not None and origin.partition("://")[2] != host:
+        return f"a page of {shown(origin)} asked for this"
+    listening = (scope.get("server") or ("",))[0]
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    if is_loopback(listening) and not is_loopback(name.strip("[]")):
+        return f"the request is for {shown(host)}, which is not this machine"
+    return None
 
 
 def _routes() -> list[Route]:

@@ -142,8 +142,13 @@ def is_local(request: Request) -> bool:
     """Whether the client is on this machine, so that it has the same files."""
     if request.client is None or request.headers.get("x-forwarded-for") or request.headers.get("forwarded"):
         return False
+    return is_loopback(request.client.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address of this name is reached from this machine only."""
     try:
-        return ipaddress.ip_address(request.client.host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

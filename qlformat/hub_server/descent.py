@@ -173,11 +173,11 @@ def _merged(report: Mapping[str, Any]) -> Iterator[Parent]:
     """What merge_report.json says: the base and the adapters."""
     base = report.get("base")
     if isinstance(base, dict) and (base.get("name") or base.get("fingerprint")):
-        yield Parent("merge", _text(base.get("name")), _text(base.get("revision")), _hex(base.get("fingerprint")))
+        yield Parent("merge", _called(base), _text(base.get("revision")), _hex(base.get("fingerprint")))
     adapters = report.get("adapters")
     for adapter in adapters if isinstance(adapters, list) else ():
         if isinstance(adapter, dict):
-            yield Parent("merge", _text(adapter.get("name")), sha256=_hex(adapter.get("sha256")))
+            yield Parent("merge", _called(adapter), sha256=_hex(adapter.get("sha256")))
 
 
 def _declared(card: Mapping[str, Any], kind: str) -> Iterator[Parent]:
@@ -189,6 +189,11 @@ def _declared(card: Mapping[str, Any], kind: str) -> Iterator[Parent]:
         name = _text(base)
         if name:
             yield Parent(relation, name)
+
+
+def _called(entry: Mapping[str, Any]) -> str | None:
+    """The repository that an entry of a report names; of a local directory its name alone."""
+    return _text(entry.get("repo_id")) or _text(entry.get("name"))
 
 
 def _text(value: object) -> str | None:

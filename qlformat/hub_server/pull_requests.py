@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from starlette.responses import JSONResponse, Response
 
 from qlformat.hub_server import describing
@@ -46,8 +48,11 @@ def status(ask: Ask) -> Response:
     repo, wanted = ask.repo(write=True), ask.json().get("status")
     if wanted not in ("open", "closed"):
         raise Refused(400, "needed status: open or closed")
-    ask.hub.changes.set_pull_status(repo, _number(ask), str(wanted))
-    return JSONResponse({"newStatus": wanted})
+    number = _number(ask)
+    ask.hub.changes.set_pull_status(repo, number, str(wanted))
+    event = {"id": f"{number}-{wanted}", "type": "status-change", "author": {"name": ask.identity.name}}
+    event |= {"createdAt": describing.time(time.time()), "data": {"status": wanted}}
+    return JSONResponse({"newStatus": event})
 
 
 def _number(ask: Ask) -> int:

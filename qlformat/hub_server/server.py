@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import socket
@@ -80,19 +79,11 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address of this name is reached from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def serve(
     root: Path,
     *,
     host: str = "127.0.0.1",
-    port: int = 8080,
+    port: int = 8000,
     token_file: Path | None = None,
     xet: bool = True,
     limits: Limits | None = None,

@@ -73,7 +73,7 @@ def open_hub(
         store = blobs or FileBlobs(root / "blobs")
         database = Database(root / "index.sqlite")
     except OSError as error:
-        raise QlfError(f"the hub's directory cannot be used: {error.strerror}", file=str(root)) from None
+        raise _unusable(root, error) from None
 
     def read(sha256: str) -> bytes:
         return b"".join(store.chunks(sha256, 0, store.size(sha256) or 0))
@@ -90,13 +90,21 @@ def lock(root: Path) -> int:
         The descriptor that holds it.
 
     Raises:
-        QlfError: another server has it.
+        QlfError: another server has it, or it cannot be made.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(root, error) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         raise QlfError("another hub serves this directory; stop it or choose another --root", file=str(root)) from None
     return handle
+
+
+def _unusable(root: Path, error: OSError) -> QlfError:
+    reason = error.strerror or str(error)
+    return QlfError(f"the hub's directory cannot be used: {reason}; choose another --root", file=str(root))

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class AdapterFiles:
         tensors: by name, as in the file.
         sha256: of the weights file.
         config_sha256: of adapter_config.json.
+        name: what it is called in messages and reports; see `told_apart`.
     """
 
     path: Path
@@ -66,11 +67,7 @@ class AdapterFiles:
     sha256: str
     config_sha256: str
     reader: WeightFile
-
-    @property
-    def name(self) -> str:
-        """What it is called in messages: the last part of its path."""
-        return self.path.resolve().name
+    name: str
 
     def read(self, name: str) -> F32:
         """A tensor as float32, in its shape."""
@@ -131,14 +128,27 @@ def open_adapter(path: Path, weight: float) -> AdapterFiles:
         while chunk := stream.read(1 << 20):
             sha256.update(chunk)
     adapter = AdapterFiles(
-        path, weight, config, pin, tensors, sha256.hexdigest(), hashlib.sha256(data).hexdigest(), reader
-    )
+        path, weight, config, pin, tensors, sha256.hexdigest(), hashlib.sha256(data).hexdigest(), reader,
+        path.resolve().name,
+    )  # fmt: skip
     try:
         _check_tensors(adapter)
     except BaseException:
         adapter.close()
         raise
     return adapter
+
+
+def told_apart(adapters: Sequence[AdapterFiles]) -> list[AdapterFiles]:
+    """The adapters, those with the same last part of the path called by as many parts as tell them apart."""
+    paths = [adapter.path.resolve().parts for adapter in adapters]
+    names = []
+    for own in paths:
+        count = 1
+        while count < len(own) and sum(other[-count:] == own[-count:] for other in paths) > 1:
+            count += 1
+        names.append("/".join(own[-count:]))
+    return [replace(adapter, name=name) for adapter, name in zip(adapters, names, strict=True)]
 
 
 def _config(data: bytes, path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qlformat.errors import QlfError
 from qlformat.layout import Recipe, element_count, strict_json
 from qlformat.manifest import FileEntry
 from qlformat.shards import TORCH_NAMES
-from qlformat.source import Source, SourceTensor, open_source
+from qlformat.source import Source, SourceTensor, cached_identity, open_source
 from qlformat.weights import Weight
 
 F32 = npt.NDArray[np.float32]
@@ -195,6 +195,7 @@ class QuantizedBase(Base):
         super().__init__()
         self.checkpoint = checkpoint
         self.path = checkpoint.path
+        self.repo_id, self.revision = cached_identity(checkpoint.path)
         self.config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         manifest = checkpoint.manifest
         self.fingerprint = manifest.fingerprint if manifest else checkpoint.fingerprint()

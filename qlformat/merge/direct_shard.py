@@ -47,6 +47,13 @@ class DirectShardWriter(ShardWriter):
         if self._direct >= 0 and os.fstat(self._fd).st_size < size:
             os.ftruncate(self._fd, size)  # a write past the end would have to wait for all others
 
+    def finish(self) -> tuple[int, str]:
+        """Write what is held of begun pages, and what ShardWriter.finish writes."""
+        for position, carried in self._carried.values():
+            self._write_at(position, memoryview(carried))
+        self._carried.clear()
+        return super().finish()
+
     def close(self) -> None:
         """Close the file."""
         if self._direct >= 0:
@@ -80,7 +87,7 @@ class DirectShardWriter(ShardWriter):
         return count
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
-        """Write bytes of a tensor at `offset` within it; the pieces of one tensor come in order, from one thread."""
+        """Write bytes of a tensor at `offset` within it; one thread writes the pieces of a tensor, best in order."""
         view = memoryview(data).cast("B")
         position = self.data_start + self._offsets[name] + offset
         held, carried = self._carried.pop(name, (position, b""))

@@ -17,7 +17,8 @@ WHOLE_ELEMENTS = 1 << 20
 """A weight up to this size is measured as a whole, of a larger one every sixteenth part."""
 PART_ELEMENTS = 1 << 17
 _STRIDE = 16
-_STEP_ELEMENTS = 1 << 14
+_STEP_ELEMENTS = 1 << 15
+_STRETCH = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class Sums:
 
 def _dot(left: F32, right: F32) -> float:
     """The dot product: float32 over a stretch, float64 over the stretches."""
-    return math.fsum(float(np.dot(left[i : i + 4096], right[i : i + 4096])) for i in range(0, left.size, 4096))
+    whole = left.size // _STRETCH * _STRETCH
+    rows = [values[:whole].reshape(-1, _STRETCH) for values in (left, right)]
+    sums = np.einsum("ij,ij->i", *rows).tolist()
+    return math.fsum([*sums, float(np.dot(left[whole:], right[whole:]))])
 
 
 def pieces(file: MergedFile, name: str, elements: int) -> Iterator[tuple[int, int, F32, F32]]:

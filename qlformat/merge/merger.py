@@ -15,7 +15,7 @@ from qlformat import __version__, native
 from qlformat.errors import FormatError, QlfError, SourceError, TargetError
 from qlformat.layout import Recipe
 from qlformat.merge import combined_adapter, compatibility, figures, matching, options, planning, retention
-from qlformat.merge.adapter_files import WEIGHTS_NAME, AdapterFiles, open_adapter
+from qlformat.merge.adapter_files import WEIGHTS_NAME, AdapterFiles, open_adapter, told_apart
 from qlformat.merge.base import Base, open_base
 from qlformat.merge.combining import SPARSE, Method
 from qlformat.merge.merged import MergedFile
@@ -109,7 +109,7 @@ def merge(
         return combine(adapters, target, asked, overwrite=overwrite)
     with ExitStack() as stack:
         read = stack.enter_context(open_base(base))
-        opened = [stack.enter_context(_closing(open_adapter(spec.path, spec.weight))) for spec in adapters]
+        opened = told_apart([stack.enter_context(_closing(open_adapter(spec.path, spec.weight))) for spec in adapters])
         original = None if source is None else stack.enter_context(open_base(source))
         job = _Job(read, original, opened, asked)
         plan = job.plan(shard_size)
@@ -158,7 +158,7 @@ def combine(adapters: Sequence[AdapterSpec], out: Path, asked: MergeOptions, *, 
     started = time.monotonic()
     method = Method(asked.method, options.density(asked), asked.rank, asked.seed)
     with ExitStack() as stack:
-        opened = [stack.enter_context(_closing(open_adapter(spec.path, spec.weight))) for spec in adapters]
+        opened = told_apart([stack.enter_context(_closing(open_adapter(spec.path, spec.weight))) for spec in adapters])
         notes = compatibility.differing_pins(opened, asked.allow_base_mismatch)
         fields = {"to": "adapter", **_combination(opened, asked)}
         with Staging(out, overwrite=overwrite) as staging:

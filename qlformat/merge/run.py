@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 _MARGIN_BYTES = 16 << 20
 _DIRECT_BYTES = 256 << 20
 """Outputs from this size on are written past the page cache."""
-_WORKERS = 2
-"""Workers for each thread: while one waits for the disk, another computes."""
+_DIRECT_WORKERS = 2
+"""Workers for each thread then: while one waits for the disk, another computes."""
 
 
 class Run:
@@ -75,7 +75,9 @@ class Run:
             require_space(directory, plan.output_bytes + _MARGIN_BYTES)
         total = sum(item.tensor.nbytes for item in plan.items)
         self._meter = ProgressMeter(progress, len(plan.items), total, "merging")
-        writer = DirectShardWriter if plan.output_bytes >= _DIRECT_BYTES else ShardWriter
+        direct = plan.output_bytes >= _DIRECT_BYTES
+        writer = DirectShardWriter if direct else ShardWriter
+        self._workers = _DIRECT_WORKERS if direct else 1
         self._writers = [
             writer(directory / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
         ]
@@ -135,7 +137,7 @@ class Run:
 
     def _run_workers(self, threads: int) -> None:
         left = [item for item in self._plan.items if item.name not in self._stored]
-        self._stream.run([partial(self._write, item) for item in left], _WORKERS * threads)
+        self._stream.run([partial(self._write, item) for item in left], self._workers * threads)
 
     def _write(self, item: Item, rounded: Rounded | None = None) -> None:
         stored = self.journal.done.get(item.name)

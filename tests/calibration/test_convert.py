@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qlf.convert import command
 
 from qlformat import convert, verify
 from qlformat.calibration.activations import LayerWalk
+from qlformat.calibration.own_text import own_windows
 from qlformat.calibration.settings import CalibrationSettings
 from qlformat.checkpoint import Checkpoint
 from qlformat.errors import QlfError
@@ -21,7 +23,7 @@ from qlformat.model_loader import load_model
 from tests.calibration.conftest import llama_config, small_model
 from tests.sources import file_bytes
 
-SETTINGS = CalibrationSettings(tokens=2048, window=64)
+SETTINGS = CalibrationSettings(tokens=1024, own_tokens=1024, window=64)
 SCHEMA = Path(__file__).resolve().parents[2] / "spec" / "schema" / "qlf.schema.json"
 
 
@@ -83,6 +85,7 @@ def test_the_manifest_records_the_calibration(calibrated: Path, plain: Path, tex
     jsonschema.validate(manifest, json.loads(SCHEMA.read_bytes()))
     recorded = manifest["recipe"]["calibration"]
     assert recorded["window"] == 64 and recorded["seed"] == 0 and recorded["damping"] == SETTINGS.damping
+    assert recorded["samples"] == 32 and recorded["own_samples"] == 16
     assert "calibration" not in json.loads((plain / "qlf.json").read_bytes())["recipe"]
 
 
@@ -131,3 +134,51 @@ def test_a_model_whose_layers_cannot_be_walked(llama: Path) -> None:
     walk = LayerWalk(llama, names, names, lambda name: torch.zeros(96, 96))
     with pytest.raises(QlfError, match=r"the source has no model\.embed_tokens.weight"):
         walk.embed(torch.zeros(8, 16, dtype=torch.int64))
+    with pytest.raises(QlfError, match=r"the source has no model\.embed_tokens"), walk.whole():
+        pass
+
+
+def test_the_walk_is_the_model(llama: Path) -> None:
+    """Left as they are, the layers give what the model of transformers gives; each weight is visited once, in order."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    state = model.state_dict()
+    wanted = [name for name in state if name.endswith("_proj.weight")]
+    walk = LayerWalk(llama, list(state), wanted, lambda name: state[name].clone())
+    windows = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(0))
+    visited = []
+
+    def visit(name: str, module: torch.nn.Module, entering: torch.Tensor, exact: torch.Tensor) -> None:
+        assert torch.equal(entering, exact) and entering.shape[:2] == windows.shape
+        visited.append(name)
+
+    with torch.no_grad():
+        walk.embed(windows)
+        for index in range(len(walk.layers)):
+            walk.quantize(index, visit)
+        expected = model(windows, output_hidden_states=True).hidden_states[-1]
+    assert len(set(visited)) == len(visited) == len(wanted)
+    assert [name.split(".")[-2] for name in visited[:4]] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    torch.testing.assert_close(model.model.norm(walk._hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_model_writes_is_what_it_would_write(llama: Path) -> None:
+    """Drawn through the cache, one token after another, from the distribution of the whole model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)  # a distribution with a likely token
+    with torch.no_grad():
+        windows = own_windows(model, 256, 64, 12, seed=0)
+        logs = model(windows).logits[:, :-1].log_softmax(-1)
+        assert torch.equal(windows, own_windows(model, 256, 64, 12, seed=0))
+        assert not torch.equal(windows, own_windows(model, 256, 64, 12, seed=1))
+    assert windows.shape == (64, 12) and bool((windows[:, 0] == 256).all())
+    surprise = -logs.gather(2, windows[:, 1:, None]).mean()
+    entropy = -(logs.exp() * logs).sum(-1).mean()
+    assert abs(float(surprise - entropy)) < 0.15
+
+
+def test_a_model_too_large_writes_nothing(llama: Path, text: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, own_limit=1000)
+    convert(llama, tmp_path / "out", calibration=text, calibration_settings=settings)
+    recorded = json.loads((tmp_path / "out" / "qlf.json").read_bytes())["recipe"]["calibration"]
+    assert recorded["samples"] == 16 and recorded["own_samples"] == 0

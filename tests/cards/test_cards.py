@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 from huggingface_hub import ModelCard
 from qlf.main import main
 
-from qlformat.cards import document, metadata, write_card
+from qlformat.cards import document, metadata, picture, write_card
 from qlformat.cards.content import Inherited
 from qlformat.cards.writer import make_card
 from qlformat.errors import QlfError, TargetError
 from qlformat.hashing import hash_file
-from qlformat.manifest import Manifest, Source, seal
+from qlformat.manifest import Manifest, Source, WeightEntry, seal
 from qlformat.manifest import parse as parse_manifest
 from tests.builders import build_checkpoint
 from tests.cards.conftest import Copy
@@ -202,6 +203,9 @@ def test_the_form_that_peft_leaves(trained: Path, copy: Copy) -> None:
     assert "/home/ann" not in text and "# Model Card for Model ID" in text
     assert "base_model" not in data(made) and data(made)["tags"] == ["lora", "qlformat"]
     assert "not pinned" in text and 'from_pretrained("tiny")' in text
+    (made / "README.md").write_text(f"---\n{front.replace('/ann/', '/bob/')}---\n\n# Its base was recorded since\n")
+    write_card(made, online=False)
+    assert "/home/bob" not in (made / "README.md").read_text()
 
 
 REFUSED = {
@@ -315,6 +319,28 @@ def test_the_command(tiny_base: Path, copy: Copy, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out) == {"path": str(base), "notes": []}
     assert data(base)["license"] == "mit" and 'from_pretrained("ORG/X")' in (base / "README.md").read_text()
     assert main(["card", str(base), "--base", "x", "--print"]) == 2
+
+
+def test_without_matplotlib_there_is_no_picture(tiny_base: Path, copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = copy(tiny_base)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (note,) = write_card(base, license_id="mit", online=False)
+    assert "pip install matplotlib" in note and not (base / "quantization-error.png").exists()
+    text = (base / "README.md").read_text()
+    assert "quantization-error.png" not in text and "| `q_proj` | 2 |" in text
+
+
+def test_experts_are_one_kind() -> None:
+    def weight(name: str, error: float | None) -> WeightEntry:
+        return WeightEntry(f"{name}.weight", "nf4", "bfloat16", (2, 2), "linear", relative_error=error)
+
+    weights = [weight(f"model.layers.{layer}.mlp.experts.{e}.w1", 0.1 * (e + 1)) for layer in (1, 0) for e in (0, 1)]
+    weights += [weight(f"h.{layer}.{kind}.c_proj", 0.5) for layer in (0, 1) for kind in ("attn", "mlp")]
+    weights += [weight("lm_head", 0.5), weight("model.layers.0.self_attn.q_proj", None)]
+    errors = picture.errors_by_kind(weights)
+    assert errors["attn.c_proj"] == errors["mlp.c_proj"] == {0: 0.5, 1: 0.5}
+    assert list(errors["w1 (mean of 2)"]) == [0, 1] and errors["w1 (mean of 2)"][0] == pytest.approx(0.15)
+    assert len(errors) == 3 and picture.drawable(errors) and not picture.drawable({"a": {0: 0.1}})
 
 
 def test_source_files_are_named_with_their_hashes(tiny_base: Path, copy: Copy) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from qlformat import pins
 from qlformat.cards import write_card
+from tests.hub.published import make_base, served, upload
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,6 +82,23 @@ def test_a_base_without_a_chat_template(place: Path, tiny_base: Path) -> None:
 def test_an_adapter(place: Path, trained: Path) -> None:
     shutil.copytree(trained, place / trained.name)
     found = run(place / trained.name / "README.md", place)
+    assert found == ["RAN PeftModelForCausalLM", "RAN LlamaForCausalLM", "OURS PeftModelForCausalLM"]
+
+
+@pytest.mark.slow
+def test_an_adapter_and_its_base_on_a_hub(tiny_base: Path, trained: Path, tmp_path: Path) -> None:
+    """The base at its commit, while the newest commit of its repository holds another one."""
+    made = Path(shutil.copytree(trained, tmp_path / "made"))
+    with pytest.MonkeyPatch.context() as patch, served(tmp_path, patch) as hub:
+        commit = upload(hub, tiny_base, "lab/tiny")
+        pins.record_home(made, "lab/tiny")
+        upload(hub, make_base(tmp_path / "other"), "lab/tiny")
+        write_card(made, name="lab/counts", license_id="mit")
+        upload(hub, made, "lab/counts")
+        assert (made / "README.md").read_text().count(commit) == 4  # three blocks and the table
+        (tmp_path / "empty").mkdir()
+        variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "home")}
+        found = run(made / "README.md", tmp_path / "empty", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", **variables)
     assert found == ["RAN PeftModelForCausalLM", "RAN LlamaForCausalLM", "OURS PeftModelForCausalLM"]
 
 

@@ -50,7 +50,8 @@ def test_each_command_has_help_with_examples(qlf: Run, name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained(name: str) -> None:
     command = importlib.import_module(f"qlf.{name}").command
-    options = [param for param in command.params if isinstance(param, click.Option)]
+    leaves = command.commands.values() if isinstance(command, click.Group) else [command]
+    options = [param for leaf in leaves for param in leaf.params if isinstance(param, click.Option)]
     assert options
     assert max(map(len, command.epilog.splitlines())) <= 80  # it is not wrapped
     assert [option.name for option in options if not option.help] == []
@@ -63,7 +64,9 @@ def test_examples_are_valid_command_lines(qlf: Run) -> None:
         assert examples
         for words in examples:
             assert words[1] == name
-            context = command.make_context(name, [word.strip("'") for word in words[2:]])
+            args = [word.strip("'") for word in words[2:]]
+            leaf = command.commands[args.pop(0)] if isinstance(command, click.Group) else command
+            context = leaf.make_context(name, args)
             assert context.params
 
 

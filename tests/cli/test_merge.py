@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,16 @@ def test_adapters_of_different_bases(qlf: Run, base: Path, adapter: Adapter, tmp
     refused(qlf, tmp_path, "trained on different bases", *both, "--to", "adapter")
 
 
+def test_adapters_of_one_name_are_told_apart(qlf: Run, base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    for run, pin in (("run1", fingerprint(base)), ("run2", "1" * 64)):
+        (tmp_path / run).mkdir()
+        adapter(f"{run}/adapter", pin=pin)
+    both = ["--adapter", tmp_path / "run1" / "adapter", "--adapter", tmp_path / "run2" / "adapter"]
+    refused(qlf, tmp_path, "the adapters run1/adapter and run2/adapter were", base, *both, "--to", "bfloat16")
+    args = ["merge", base, *both, "-o", tmp_path / "out", "--to", "bfloat16", "--allow-base-mismatch", "--json"]
+    assert qlf(*args).json["applied"] == {"run1/adapter": 28, "run2/adapter": 28}
+
+
 @pytest.mark.parametrize(
     ("suffix", "message"),
     [(":0", "a weight of 0"), (":-0.0", "a weight of 0"), (":", "needed PATH or PATH:WEIGHT"),
@@ -268,3 +279,25 @@ def test_bases_that_are_none(qlf: Run, base: Path, adapter: Adapter, tmp_path: P
     refused(qlf, tmp_path, "needed the base model", made, "--adapter", made, "--to", "bfloat16")
     refused(qlf, tmp_path, "found no directory", tmp_path / "none", "--adapter", made, "--to", "bfloat16")
     assert qlf("merge", "--adapter", made, "-o", tmp_path / "out", "--to", "nf4").code == 2
+
+
+def test_too_little_retention_publishes_nothing(
+    qlf: Run, base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlformat.quality import evaluation
+
+    losses = {"base": 4.0, "live": 3.0, "merged": 3.4}
+
+    def evaluate(model: Path, *, adapter: Path | None = None, **_: Any) -> Any:
+        side = "live" if adapter is not None else "base" if model == base else "merged"
+        return SimpleNamespace(loss=losses[side], tokens=7, sha256="0" * 64)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    (tmp_path / "held-out.txt").write_text("some text")
+    args = [base, "--adapter", adapter(pin=fingerprint(base)), "--to", "bfloat16"]
+    args += ["--eval-data", tmp_path / "held-out.txt", "--min-retention"]
+    refused(qlf, tmp_path, "found a retention of 0.600, needed 0.9", *args, "0.9")
+    result = qlf("merge", *args, "0.5", "-o", tmp_path / "out")
+    assert (
+        result.code == 0 and "retention 0.600 (held-out loss 4.0000 base, 3.0000 adapter, 3.4000 merged" in result.out
+    )

@@ -15,6 +15,8 @@ from qlformat import QlfError, export, load_model, pins
 from qlformat.adapter import BasePin, read_pin
 from qlformat.adapter_verifier import is_adapter, verify_adapter
 from qlformat.errors import PinError
+from qlformat.finetune.base import open_base
+from qlformat.merge.base import open_base as open_merge_base
 from tests.hub.published import fingerprint, make_adapter, make_base, served, upload
 from tests.local_hub_fixture import LocalHub
 
@@ -47,6 +49,16 @@ def test_the_pinned_commit_fits(hub: LocalHub, bases: tuple[Path, Path], tmp_pat
     assert found.notes == () and found.base is not None
     assert (found.base.repo_id, found.base.revision) == ("org/steady", commit)
     assert verify_adapter(made) == []
+
+
+def test_fine_tuning_and_merging_record_the_commit(hub: LocalHub, bases: tuple[Path, Path]) -> None:
+    commit = upload(hub, bases[0], "org/trained-on")
+    for name in ("org/trained-on", "org/trained-on@main", f"org/trained-on@{commit}"):
+        found = open_base(name)
+        assert (found.repo_id, found.revision, found.fingerprint) == ("org/trained-on", commit, fingerprint(bases[0]))
+        with open_merge_base(name) as onto:
+            assert (onto.repo_id, onto.revision) == ("org/trained-on", commit)
+    assert open_base(str(bases[0])).repo_id is None
 
 
 def test_new_commits_with_the_same_tensors_fit(hub: LocalHub, bases: tuple[Path, Path], tmp_path: Path) -> None:

@@ -278,7 +278,8 @@ def test_an_adapter_and_what_is_left_out(proxy: FaultyHub, adapter: Path, api: H
     (adapter / "adapter_model.bin").write_bytes(b"pickled")
     repo = publish(api, adapter, "lab/adapter-pull")
     report = pull(repo, tmp_path / "out")
-    assert report.kind == "adapter"
+    assert report.kind == "adapter" and any("not pinned" in note for note in report.notes)
+    assert not [note for note in report.notes if "partial" in note]
     assert set(report.files) == {"adapter_config.json", "adapter_model.safetensors"}
     assert set(report.left_out) == {".gitattributes", "adapter_model.bin"} & {*report.left_out, "adapter_model.bin"}
 

@@ -10,6 +10,8 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from qlformat.adapter import AdapterManifest, BasePin
+from qlformat.checkpoint import open_checkpoint
 from qlformat.errors import QlfError
 from qlformat.hub.pull import pull
 from qlformat.hub.push import PushOptions, prepare, push, send
@@ -58,6 +60,19 @@ def test_a_base_becomes_one_commit_and_comes_back(
     fetched = pull(repo, tmp_path / "out")
     assert file_bytes(tmp_path / "out") == file_bytes(base)
     assert (fetched.commit, fetched.kept) == (report.commit, 0)
+
+
+def test_a_hub_without_xet_is_sent_lfs(
+    proxy: FaultyHub, api: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "own"  # of a content that no other test has put there
+    build_checkpoint(base, shards=2, plain={"model.embed_tokens.weight": (48, 16), "model.norm.weight": (48,)})
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    proxy.before = lambda request: Answer(404) if "xet-write-token" in request.path else None
+    push(base, "lab/no-xet")
+    assert len(proxy.puts()) == len(SHARDS)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    assert remote_bytes(api, "lab/no-xet", tmp_path / "plain") == file_bytes(base)
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(proxy: FaultyHub, base: Path, api: HfApi) -> None:
@@ -133,6 +148,25 @@ def test_an_adapter_without_what_its_run_left(proxy: FaultyHub, adapter: Path, a
         "runs/", "checkpoint-5/", ".git/", ".env", "adapter_model.safetensors.partial", "optimizer.pt",
         "training_args.bin", "trainer_state.json",
     }  # fmt: skip
+
+
+def test_an_adapter_of_another_base(proxy: FaultyHub, base: Path, adapter: Path, api: HfApi) -> None:
+    report = push(base, "lab/pinned-base")
+    assert report.commit is not None
+    own = open_checkpoint(base).manifest
+    assert own is not None
+    for fingerprint in ("0" * 64, own.fingerprint):
+        pin = BasePin(fingerprint, "lab/pinned-base", report.commit)
+        (adapter / "qlf.json").write_bytes(AdapterManifest("test", pin).to_json())
+        if fingerprint != own.fingerprint:
+            text = refusal(adapter, "lab/pinned")
+            assert fingerprint in text and own.fingerprint in text
+            with pytest.raises(RepositoryNotFoundError):
+                api.model_info("lab/pinned")
+            allowed = push(adapter, "lab/pinned", PushOptions(allow_base_mismatch=True))
+            assert any("trained on another base" in note for note in allowed.notes)
+        else:
+            assert push(adapter, "lab/pinned").commit == head(api, "lab/pinned")
 
 
 def test_a_concurrent_change_is_a_conflict_and_nothing_is_overwritten(
@@ -278,6 +312,18 @@ def test_branches_and_tags(proxy: FaultyHub, base: Path, api: HfApi) -> None:
     assert [file.local.name for file in report.plan.to_send] == ["README.md"]
     refs = {branch.name: branch.target_commit for branch in api.list_repo_refs("lab/refs").branches}
     assert refs == {"main": first, "trial": report.commit}
+
+
+def test_a_proposed_change(proxy: FaultyHub, base: Path, api: HfApi) -> None:
+    first = push(base, "lab/proposed").commit
+    (base / "notes.txt").write_text("new\n")
+    assert "give one of the two" in refusal(base, "lab/proposed", PushOptions(create_pr=True, revision="trial"))
+    report = push(base, "lab/proposed", PushOptions(create_pr=True))
+    assert head(api, "lab/proposed") == first != report.commit
+    assert report.url is not None and report.url.startswith("http")
+    proposed = api.list_repo_refs("lab/proposed", include_pull_requests=True).pull_requests
+    assert proposed is not None and [change.target_commit for change in proposed] == [report.commit]
+    assert "notes.txt" in api.list_repo_files("lab/proposed", revision=report.commit)
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(proxy: FaultyHub, base: Path, api: HfApi) -> None:

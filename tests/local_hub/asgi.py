@@ -64,7 +64,7 @@ class Client:
         """One request. `token` "" is the client's own, None is none."""
         if json_body is not None:
             body = json.dumps(json_body).encode()
-        sent = {"host": "hub", **(headers or {})}
+        sent = {"host": "127.0.0.1:80", **(headers or {})}
         token = self.token if token == "" else token
         if token is not None:
             sent["authorization"] = f"Bearer {token}"
@@ -83,7 +83,7 @@ class Client:
             "query_string": parts.query.encode(),
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
             "client": (self.address, 4000),
-            "server": ("hub", 80),
+            "server": ("127.0.0.1", 80),
         }
         waiting = [{"type": "http.request", "body": part, "more_body": True} for part in body]
         waiting.append({"type": "http.request", "body": b"", "more_body": False})

@@ -49,7 +49,8 @@ FOLDER = """
     first = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="first")
     again = api.upload_folder(repo_id=repo, folder_path=folder)
     commits = [commit.title for commit in api.list_repo_commits(repo)]
-    files = {f.rfilename: [f.size, f.lfs.sha256 if f.lfs else None] for f in api.model_info(repo, files_metadata=True).siblings}
+    siblings = api.model_info(repo, files_metadata=True).siblings
+    files = {f.rfilename: [f.size, f.lfs.sha256 if f.lfs else None] for f in siblings}
     snapshot_download(repo, local_dir=out)
     info = api.get_paths_info(repo, ["nested", "model.safetensors", "none"])
     answer([first.oid, again.oid, commits, files, [item.path for item in info]])
@@ -71,7 +72,8 @@ def test_a_folder_there_and_back(hub: LocalHub, folder: Path, tmp_path: Path, xe
 
 CHANGES = """
     from huggingface_hub import HfApi, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     api = HfApi()
     def fails(kind, call, *args, **kwargs):
         try:
@@ -158,7 +160,7 @@ REFUSED = """
         try:
             HfApi(token=token).create_repo("ann/refused")
         except HfHubHTTPError as error:
-            found.append([error.response.status_code, str(error).splitlines()[-1]])
+            found.append([error.response.status_code, str(error)])
     answer(found)
 """
 
@@ -200,7 +202,8 @@ MAKE = """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, **sizes)
     model = LlamaForCausalLM(config)
     model.push_to_hub("ann/tiny")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

@@ -106,7 +106,7 @@ def page(hub: LocalHub, path: str, *, token: str | None = None, cookie: str | No
     assert answer.status == status, answer.text
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "script" not in policy and "unsafe" not in policy
-    assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Referrer-Policy"] == "same-origin"
     read = Page(answer.text)
     assert (read.dangers, read.duplicates, read.unlabelled, read.unclosed) == ([], [], [], [])
     assert answer.text.count("<h1") == 1 and '<html lang="en">' in answer.text

@@ -72,8 +72,9 @@ def test_writing_takes_a_token_that_may(client: Client) -> None:
 
 
 BAD_PATHS = [
-    "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "", ".", "a/./b", "a\\b", "..\\x", "C:/x", "c:x", "a\0b", "a\nb", "a\u2028b",
-    ".git/config", "a/.GIT/x", ".cache/x", "con", "a/NUL.txt", "lpt1", "x" * 256, "a/" * 70 + "b", "é" * 600, "\ud800",
+    "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "", ".", "a/./b", "a\\b", "..\\x", "C:/x", "c:x", "a\0b", "a\nb",
+    "a\u2028b", ".git/config", "a/.GIT/x", ".cache/x", "con", "a/NUL.txt", "lpt1", "x" * 256,
+    "a/" * 70 + "b", "é" * 600, "\ud800",
 ]  # fmt: skip
 
 
@@ -389,7 +390,7 @@ def test_pages_of_trees_and_histories(client: Client) -> None:
         answer = client.ask("GET", path)
         found += [item["path"] for item in answer.json]
         link = answer.headers.get("link")
-        path = link.partition(">")[0].removeprefix("<http://hub") if link else ""
+        path = link.partition(">")[0].removeprefix("<http://127.0.0.1:80") if link else ""
     assert found == sorted(["d0", "d1", "d2", *(f"d{n % 3}/f{n:02}" for n in range(10))])
     assert [item["path"] for item in client.ask("GET", "/api/models/ann/m/tree/main/d1").json] == [
         "d1/f01",

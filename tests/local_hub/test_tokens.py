@@ -83,3 +83,17 @@ def test_tokens_are_not_stored(tmp_path: Path) -> None:
     assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
     assert (tmp_path / "hub").stat().st_mode & 0o077 == 0
     assert (tmp_path / "hub" / "key").stat().st_mode & 0o077 == 0
+
+
+def test_pages_of_other_sites_cannot_use_a_hub_without_tokens(tmp_path: Path) -> None:
+    client = Client(tmp_path / "hub")
+    client.create("ann/m")
+    delete = ("DELETE", "/api/repos/delete")
+    body = {"name": "m", "organization": "ann"}
+    for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"host": "evil.example:80"}):
+        answer = client.ask(*delete, json_body=body, headers=headers)
+        assert (answer.status, "--token-file" in answer.error) == (403, True), headers
+    assert client.ask("GET", "/api/models", headers={"host": "evil.example"}).status == 403
+    assert client.ask("GET", "/api/models", headers={"host": "[::1]:80"}).status == 200
+    own = {"origin": "http://localhost:80", "host": "localhost:80"}
+    assert client.ask(*delete, json_body=body, headers=own).status == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_pieces_out_of_order_are_written(tmp_path: Path) -> None:
     data = data_of("b.weight")
     writer = DirectShardWriter(tmp_path / "direct", [TensorSpec("b.weight", "U8", (data.size,))])
     cuts = [0, 1_000_001, 2_000_003, data.size]
-    for first, last in reversed(list(zip(cuts, cuts[1:], strict=False))):
+    for first, last in reversed(list(itertools.pairwise(cuts))):
         writer.write("b.weight", first, data[first:last].data)
     writer.finish()
     writer.close()
@@ -80,11 +81,7 @@ def test_a_file_system_that_refuses_is_written_through_the_cache(
     refusals = []
 
     def replaced(target: Any, *args: Any) -> Any:
-        if call == "open":
-            refuse = bool(args[0] & os.O_DIRECT)
-        else:
-            refuse = target in direct
-        if refuse:
+        if bool(args[0] & os.O_DIRECT) if call == "open" else target in direct:
             refusals.append(target)
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(target, *args)

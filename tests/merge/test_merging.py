@@ -150,6 +150,25 @@ def test_threads_do_not_matter(to: str, small_base: Path, make_adapter: MakeAdap
     assert len(list((tmp_path / "1").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize("to", ["nf4", "float16"])
+def test_writing_past_the_page_cache_changes_no_weight(
+    to: str, small_base: Path, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the padding of the header differs."""
+    specs = [AdapterSpec(make_adapter())]
+    merge(small_base, specs, tmp_path / "cached", MergeOptions(to))
+    monkeypatch.setattr("qlformat.merge.run._DIRECT_BYTES", 0)
+    merge(small_base, specs, tmp_path / "direct", MergeOptions(to))
+    found, wanted = (load_file(tmp_path / out / "model.safetensors") for out in ("direct", "cached"))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    reports = [(tmp_path / out / "merge_report.json").read_bytes() for out in ("direct", "cached")]
+    assert reports[0] == reports[1]
+    if to == "nf4":
+        from qlformat import verify
+
+        assert [finding for finding in verify(tmp_path / "direct") if finding.severity == "error"] == []
+
+
 DRIVER = """
 import sys, os, signal
 from pathlib import Path
@@ -215,3 +234,12 @@ def test_a_rank_that_the_configuration_denies(small_base: Path, make_adapter: Ma
     edit_config(adapter, r=8)
     with pytest.raises(QlfError, match="rank 4 is stored"):
         merge(small_base, [AdapterSpec(adapter)], tmp_path / "out", MergeOptions("bfloat16"))
+
+
+def test_the_public_name(small_base: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    import qlformat
+
+    options = qlformat.MergeOptions("bfloat16")
+    report = qlformat.merge_adapters(small_base, [qlformat.AdapterSpec(make_adapter())], tmp_path / "out", options)
+    assert isinstance(report, qlformat.MergeReport) and report.out == tmp_path / "out"
+    assert "merge_adapters" in dir(qlformat) and qlformat.merge_adapters is merge

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -17,6 +21,7 @@ from qlformat.merge.options import AdapterSpec, MergeOptions
 from qlformat.quality.evaluation import evaluate
 from tests.finetune.conftest import tiny_base, tiny_source
 from tests.merge.conftest import TARGETS
+from tests.sources import file_bytes
 
 __all__ = ["tiny_base", "tiny_source"]
 
@@ -114,3 +119,39 @@ def test_feedback_rounding(tiny_base: Path, tiny_source: Path, trained: Path, te
     )  # fmt: skip
     name = "model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "feedback" / name).read_bytes()
+
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from qlformat.merge import run
+from qlformat.merge.merger import merge
+from qlformat.merge.options import AdapterSpec, MergeOptions
+base, source, adapter, out, text = sys.argv[1:]
+add, count = run.Journal.add, 0
+def killed(self, weight):
+    global count
+    add(self, weight)
+    count += 1
+    if count == 9:  # in the second decoder layer
+        os.kill(os.getpid(), signal.SIGKILL)
+run.Journal.add = killed
+merge(base, [AdapterSpec(Path(adapter))], out, MergeOptions("nf4"), source=source, calibration=Path(text), threads=1)
+"""
+
+
+def test_a_calibrated_merge_is_resumed(tiny_base: Path, tiny_source: Path, trained: Path, tmp_path: Path) -> None:
+    """The activations are computed again; what was stored is compared and kept, and the bytes are the same."""
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text(TEXT * 4)
+    out = tmp_path / "out"
+    words = [sys.executable, "-c", DRIVER, tiny_base, tiny_source, trained, out, calibration]
+    environment = {**os.environ, "PYTHONPATH": str(Path(qlformat.__file__).parents[1])}
+    done = subprocess.run([str(word) for word in words], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL and not out.exists()
+    given = {"source": tiny_source, "calibration": calibration}
+    specs = [AdapterSpec(trained)]
+    merge(tiny_base, specs, out, MergeOptions("nf4"), resume=True, **given)
+    merge(tiny_base, specs, tmp_path / "whole", MergeOptions("nf4"), **given)
+    assert file_bytes(out) == file_bytes(tmp_path / "whole")
+    assert [finding for finding in qlformat.verify(out) if finding.severity == "error"] == []
