@@ -14,9 +14,11 @@ from qlformat.merge.merged import MergedFile
 F32 = npt.NDArray[np.float32]
 
 WHOLE_ELEMENTS = 1 << 20
-"""A weight up to this size is measured as a whole, of a larger one every sixteenth part."""
+"""A weight up to this size is measured as a whole, of a larger one some parts."""
 PART_ELEMENTS = 1 << 17
-_STRIDE = 16
+_STRIDE = 64
+_STRIDE_IN_4_BITS = 16
+"""One part of so many is measured: more of them where rounding is coarse, and the figures vary with the elements."""
 _STEP_ELEMENTS = 1 << 15
 _STRETCH = 1 << 12
 
@@ -44,9 +46,9 @@ class Kept:
         return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in vars(self).items()}
 
 
-def parts(elements: int) -> Iterator[tuple[int, int]]:
+def parts(elements: int, *, four_bit: bool) -> Iterator[tuple[int, int]]:
     """(first, last) of the parts of a weight to compare; each begins a block of every size."""
-    stride = 1 if elements <= WHOLE_ELEMENTS else _STRIDE
+    stride = 1 if elements <= WHOLE_ELEMENTS else _STRIDE_IN_4_BITS if four_bit else _STRIDE
     for first in range(0, elements, PART_ELEMENTS * stride):
         yield first, min(first + PART_ELEMENTS, elements)
 
@@ -89,9 +91,9 @@ def _dot(left: F32, right: F32) -> float:
     return math.fsum([*sums, float(np.dot(left[whole:], right[whole:]))])
 
 
-def pieces(file: MergedFile, name: str, elements: int) -> Iterator[tuple[int, int, F32, F32]]:
+def pieces(file: MergedFile, name: str, elements: int, *, four_bit: bool) -> Iterator[tuple[int, int, F32, F32]]:
     """(first, last, base, merged) of the parts to compare."""
-    for first, last in parts(elements):
+    for first, last in parts(elements, four_bit=four_bit):
         yield first, last, *file.both(name, first, last)
 
 

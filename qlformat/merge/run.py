@@ -165,7 +165,8 @@ class Run:
             base = self._file.base_values(item.name, 0, item.elements).copy()
             sums.add(base, self._file.values(item.name, 0, item.elements), values)
         else:
-            for first, last, base, merged in pieces(self._file, item.name, item.elements):
+            four_bit = item.state is not None
+            for first, last, base, merged in pieces(self._file, item.name, item.elements, four_bit=four_bit):
                 sums.add(base, merged, self._stream.stored_values(item, stored, first, last))
         return sums.result(item.name, item.elements)
 
