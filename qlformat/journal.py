@@ -19,7 +19,7 @@ class StoredWeight:
 
     Attributes:
         name: name of the weight.
-        sha256: stored tensor -> sha256 of its bytes.
+        sha256: stored tensor -> sha256 of its bytes, or the checksum of a result without a manifest.
         quant_state: text of the quant_state JSON, or None for a weight that is not quantized.
         squared_error, signal: squared error and squared norm of the weight (reference.squared_error).
     """

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from qlformat import codec, reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8
 from qlformat.errors import SourceError
+from qlformat.hashing import Digest
 from qlformat.journal import StoredWeight
 from qlformat.layout import NESTED_BLOCKSIZE, QuantState, quant_state_name
 from qlformat.native import NonFiniteError
@@ -61,14 +62,27 @@ class Stopped(Exception):
 class TensorStream:
     """Writes weights into their shards; one instance serves all workers.
 
+    Args:
+        directory: for scratch files.
+        writers: of the shards.
+        meter: told what is done.
+        digest: for weights that are not quantized. What a manifest is to hold is sha256.
+
     Attributes:
         stop: set it to make all workers give up at their next chunk.
     """
 
-    def __init__(self, directory: Path, writers: Sequence[ShardWriter], meter: ProgressMeter) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        writers: Sequence[ShardWriter],
+        meter: ProgressMeter,
+        digest: Callable[[], Digest] = hashlib.sha256,
+    ) -> None:
         self._directory = directory
         self._writers = writers
         self._meter = meter
+        self._digest = digest
         self._local = threading.local()
         self._scratch_files: list[IO[bytes]] = []
         self.stop = threading.Event()
@@ -114,7 +128,7 @@ class TensorStream:
         for spec in item.specs:
             if spec.late:
                 continue
-            digest = hashlib.sha256()
+            digest = hashlib.sha256() if item.state else self._digest()
             for offset in range(0, spec.nbytes, CHUNK_BYTES):
                 self._check_stop()
                 part = buffer[: min(CHUNK_BYTES, spec.nbytes - offset)]
@@ -130,7 +144,7 @@ class TensorStream:
         return True
 
     def _copy(self, item: Item) -> StoredWeight:
-        digest = hashlib.sha256()
+        digest = self._digest()
         buffer = self._buffer("copy", CHUNK_BYTES).data
         for offset in range(0, item.tensor.nbytes, CHUNK_BYTES):
             self._check_stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlformat import __version__, codec
-from qlformat.hashing import hash_file
+from qlformat.hashing import Crc32, hash_file
 from qlformat.journal import Journal, StoredWeight
 from qlformat.manifest import FILE_NAME as MANIFEST_NAME
 from qlformat.manifest import FileEntry, Manifest, TensorEntry, WeightEntry, fingerprint
@@ -81,7 +82,8 @@ class Run:
         self._writers = [
             writer(directory / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
         ]
-        self._stream = MergedStream(directory, self._writers, self._meter, plan.dtypes)
+        digest = Crc32 if plan.quantized is None else hashlib.sha256  # without a manifest they are for --resume alone
+        self._stream = MergedStream(directory, self._writers, self._meter, plan.dtypes, digest)
         self._lock = threading.Lock()
         self._pending = Counter(item.shard for item in plan.items)
         self._stored: dict[str, StoredWeight] = {}

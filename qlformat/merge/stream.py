@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qlformat import codec
 from qlformat.checkpoint import NUMPY_DTYPES
+from qlformat.hashing import Digest
 from qlformat.journal import StoredWeight
 from qlformat.layout import NESTED_BLOCKSIZE, QuantState, strict_json
 from qlformat.merge.arithmetic import convert
@@ -29,14 +30,19 @@ class MergedStream(TensorStream):
     """A TensorStream that quantizes from float32: the merged weight is rounded once.
 
     Args:
-        directory, writers, meter: as TensorStream.
+        directory, writers, meter, digest: as TensorStream.
         dtypes: weight -> the dtype that its quant_state names.
     """
 
     def __init__(
-        self, directory: Path, writers: Sequence[ShardWriter], meter: ProgressMeter, dtypes: Mapping[str, str]
+        self,
+        directory: Path,
+        writers: Sequence[ShardWriter],
+        meter: ProgressMeter,
+        dtypes: Mapping[str, str],
+        digest: Callable[[], Digest],
     ) -> None:
-        super().__init__(directory, writers, meter)
+        super().__init__(directory, writers, meter, digest)
         self._shards = writers
         self._memory = threading.local()
         self._dtypes = dtypes
