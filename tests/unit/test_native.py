@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from qlformat import native, native_library, reference
+from qlformat import native, native_arrays, native_library, reference
 from qlformat.codebook import CODEBOOKS, DYNAMIC8, DYNAMIC8_THRESHOLDS
 from qlformat.errors import NativeError, QlfError
 
@@ -638,7 +638,7 @@ def test_misuse_is_one_clear_line(misuse: str) -> None:
 
 def test_isa_can_be_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.ones(64, dtype=np.float32)
-    missing = [name for name in native.ISA_LEVELS if name not in native.isa_levels()]
+    missing = [name for name in native_arrays.ISA_LEVELS if name not in native.isa_levels()]
     for name in missing:
         monkeypatch.setenv("QLF_ISA", name)
         with pytest.raises(NativeError, match="has only scalar"):
