@@ -21,7 +21,7 @@ from qlformat.source import TORCH_DTYPES
 from qlformat.stored import CONFIG_NAME
 from qlformat.weights import StoredTensor, Weight, find_weights
 
-_FIRST_FETCH = 128 << 10
+_FIRST_FETCH = 32 << 10
 """Bytes asked for at once from the start of a file; most headers fit."""
 _CODED = ("", ".absmax", ".nested_absmax")
 """Parts of a weight that grow with it; the code tables and the quant_state JSON are constants."""

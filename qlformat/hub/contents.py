@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,17 +111,15 @@ def is_weights(name: str) -> bool:
     return name.endswith(WEIGHTS_SUFFIX)
 
 
-def hash_files(files: Sequence[LocalFile], threads: int, progress: Callable[[int], None]) -> dict[str, str]:
-    """sha256 of each file by name; `progress` is told the size of each that is done.
+def hash_files(files: Sequence[LocalFile], threads: int) -> dict[str, str]:
+    """sha256 of each file by name.
 
     Raises:
         OSError: a file cannot be read.
     """
 
     def one(file: LocalFile) -> str:
-        digest = hash_file(file.path)[1]
-        progress(file.size)
-        return digest
+        return hash_file(file.path)[1]
 
     # The largest first: it takes longest, and one file is hashed by one thread.
     order = sorted(files, key=lambda file: -file.size)

@@ -21,7 +21,7 @@ from qlformat.stored import CONFIG_NAME
 from qlformat.verifier import Finding
 from qlformat.weights import Report, Severity
 
-_FIRST_FETCH = 128 << 10
+_FIRST_FETCH = 32 << 10
 _LARGEST_SMALL_TENSOR = 64 << 10
 _LARGEST_FILE = 1 << 50
 _SMALL = ("quant_map", "nested_quant_map")

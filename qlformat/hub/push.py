@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qlformat.hub.client import HubClient, RemoteState, parse_repo_id, quiet_cli
 from qlformat.hub.contents import CARD, Contents, hash_files, read_contents
 from qlformat.hub.plan import Plan, make_plan
 from qlformat.hub.upload import Upload
-from qlformat.progress import Progress, ProgressMeter
+from qlformat.progress import Progress
 
 MAIN = "main"
 
@@ -163,8 +164,11 @@ def prepare(
         state, new_branch = _remote(client, name, asked)
         notes = _card(client, Path(path), name, asked, state, dry=dry) if asked.card else ()
         contents = read_contents(Path(path))
-        notes += soundness.require_sound(contents, threads, progress, allow_base_mismatch=asked.allow_base_mismatch)
-        hashes = _hashed(contents, threads or native.default_threads(), progress)
+        workers = threads or native.default_threads()
+        with ThreadPoolExecutor(1, thread_name_prefix="qlf") as beside:  # both read what the other has just read
+            hashing = beside.submit(hash_files, contents.files, workers)
+            notes += soundness.require_sound(contents, threads, progress, allow_base_mismatch=asked.allow_base_mismatch)
+            hashes = hashing.result()
     plan = make_plan(contents, hashes, state)
     return Prepared(client, name, asked, contents, hashes, state, new_branch, plan, notes, started)
 
@@ -259,8 +263,3 @@ def _card(
             )
             shutil.copyfile(found, path / CARD)
     return write_card(path, name=repo_id, license_id=asked.license_id)
-
-
-def _hashed(contents: Contents, threads: int, progress: Callable[[Progress], None] | None) -> dict[str, str]:
-    meter = ProgressMeter(progress, len(contents.files), sum(file.size for file in contents.files), "hashing")
-    return hash_files(contents.files, threads, lambda size: meter.add(size, 1))
