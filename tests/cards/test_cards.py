@@ -193,25 +193,25 @@ def test_the_form_that_peft_leaves(trained: Path, copy: Copy) -> None:
     (made / "qlf.json").unlink()
     (made / "adapter_config.json").write_text(
         json.dumps(
-            {**json.loads((made / "adapter_config.json").read_text()), "base_model_name_or_path": "/home/ann/tiny"}
+            {**json.loads((made / "adapter_config.json").read_text()), "base_model_name_or_path": "/data/ann/tiny"}
         )
     )
-    front = "base_model: /home/ann/tiny\nlibrary_name: peft\ntags:\n- base_model:adapter:/home/ann/tiny\n- lora\n"
+    front = "base_model: /data/ann/tiny\nlibrary_name: peft\ntags:\n- base_model:adapter:/data/ann/tiny\n- lora\n"
     (made / "README.md").write_text(f"---\n{front}---\n\n# Model Card for Model ID\n\n[More Information Needed]\n")
     write_card(made, online=False)
     text = (made / "README.md").read_text()
-    assert "/home/ann" not in text and "# Model Card for Model ID" in text
+    assert "/data/ann" not in text and "# Model Card for Model ID" in text
     assert "base_model" not in data(made) and data(made)["tags"] == ["lora", "qlformat"]
     assert "not pinned" in text and 'from_pretrained("tiny")' in text
     (made / "README.md").write_text(f"---\n{front.replace('/ann/', '/bob/')}---\n\n# Its base was recorded since\n")
     write_card(made, online=False)
-    assert "/home/bob" not in (made / "README.md").read_text()
+    assert "/data/bob" not in (made / "README.md").read_text()
 
 
 REFUSED = {
     "license: Apache 2.0": "license is 'Apache 2.0', needed an identifier of the Hub such as apache-2.0",
     "license: [mit, 3]": "license is \"['mit', 3]\", needed text or a list of texts",
-    "base_model: /home/ann/model": "base_model is '/home/ann/model', needed a repository of the Hub",
+    "base_model: /data/ann/model": "base_model is '/data/ann/model', needed a repository of the Hub",
     "base_model_relation: distilled": "base_model_relation is 'distilled', needed one of adapter, finetune, merge",
     "tags: {a: b}": "tags is",
     "pipeline_tag: [a]": "pipeline_tag is",
