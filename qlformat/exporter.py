@@ -7,8 +7,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qlformat.shards import TORCH_NAMES, ShardWriter, TensorSpec
 from qlformat.staging import Staging, require_space
 from qlformat.stored import CONFIG_NAME
 from qlformat.weights import Weight
+from qlformat.workers import run_all
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _MARGIN_BYTES = 16 << 20
@@ -165,15 +166,8 @@ class _Run:
         return TensorSpec(weight.name, dtype, weight.shape[::-1] if weight.transposed else weight.shape)
 
     def _write_weights(self, threads: int) -> None:
-        with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
-            futures = [pool.submit(self._write_weight, weight) for weight in self._checkpoint.weights.values()]
-            try:
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except BaseException:  # also an interruption by the user
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        weights = self._checkpoint.weights.values()
+        run_all([partial(self._write_weight, weight) for weight in weights], threads, self._stop)
 
     def _write_weight(self, weight: Weight) -> None:
         writer = self._writers[self._home[weight.name]]

@@ -7,7 +7,6 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -25,6 +24,7 @@ from qlformat.native import NonFiniteError
 from qlformat.plan import Item
 from qlformat.progress import ProgressMeter
 from qlformat.shards import ShardWriter
+from qlformat.workers import run_all
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements quantized at a time: a multiple of every blocksize, small enough for the CPU caches."""
@@ -100,17 +100,7 @@ class TensorStream:
 
     def run(self, tasks: Iterable[Callable[[], None]], threads: int) -> None:
         """Run tasks that write weights, and raise the first error; the others give up at their next chunk then."""
-        with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
-            futures = [pool.submit(task) for task in tasks]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for error in [future.exception() for future in futures if future in done]:
-                    if error is not None and not isinstance(error, Stopped):
-                        raise error
-            except BaseException:  # Ctrl-C too
-                self.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        run_all(tasks, threads, self.stop, (Stopped,))
 
     def release_buffers(self) -> None:
         """Let go of the calling worker's buffers; they are made again when they are needed."""

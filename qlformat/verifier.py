@@ -6,7 +6,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from qlformat.recompute import SourceComparison
 from qlformat.source import open_source
 from qlformat.stored import CONFIG_NAME
 from qlformat.weights import Severity, Weight
+from qlformat.workers import run_all
 
 # The least float32 that rounds to infinity.
 _OVERFLOW = {"bfloat16": float.fromhex("0x1.ffp127"), "float16": 65520.0, "float32": float("inf")}
@@ -178,15 +178,7 @@ class _Work:
     def run(self, threads: int) -> None:
         """Do everything; errors of reading become findings."""
         self._meter = ProgressMeter(self._progress, len(self._tasks), self._bytes, "verifying")
-        with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
-            futures = [pool.submit(self._do, task) for task in self._tasks]
-            try:
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except BaseException:  # also an interruption by the user
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        run_all([partial(self._do, task) for task in self._tasks], threads, self._stop)
         self._check_fingerprint()
 
     def _do(self, task: Callable[[], None]) -> None:

@@ -48,6 +48,7 @@ LEVELS = (
         "progress",
         "quality",
         "rules",
+        "workers",
     },
     {
         "backends.cuda_program",

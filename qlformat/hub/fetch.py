@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,7 @@ from qlformat.layout import strict_json
 from qlformat.progress import Progress, ProgressMeter
 from qlformat.staging import require_space
 from qlformat.stored import CONFIG_NAME
+from qlformat.workers import run_all
 
 CACHE = ".cache"
 """Where unfinished files are, below the directory."""
@@ -103,15 +104,7 @@ class Fetch:
         return kept
 
     def _fetch_all(self, paths: Sequence[str]) -> None:
-        with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="qlf") as pool:
-            futures = [pool.submit(self._fetch, path) for path in paths]
-            try:
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except BaseException:  # also an interruption by the user
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        run_all([partial(self._fetch, path) for path in paths], _FILES_AT_ONCE, self._stop)
 
     def _fetch(self, path: str) -> None:
         self._transfers[path].run(self._directory / path)
