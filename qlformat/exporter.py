@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qlformat import codec, manifest, native, remote, repository
+from qlformat import codec, native, remote, repository
+from qlformat.carried import carried_names
 from qlformat.checkpoint import CHUNK_ELEMENTS, FLOAT_DTYPES, AnyArray, Checkpoint
 from qlformat.errors import QlfError
 from qlformat.plan import natural_key, shard_names, with_dtype
@@ -28,8 +29,6 @@ from qlformat.workers import run_all
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _MARGIN_BYTES = 16 << 20
 _STORED_DTYPES = {torch_name: dtype for dtype, torch_name in TORCH_NAMES.items()}
-_NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
-_NOT_CARRIED_NAMES = frozenset((CONFIG_NAME, manifest.FILE_NAME, "README.md"))
 
 
 @dataclass(frozen=True)
@@ -195,26 +194,13 @@ class _Run:
 
     def _carry(self) -> None:
         source = self._checkpoint.path
-        for name in _carried_names(self._checkpoint):
+        for name in carried_names(self._checkpoint):
             target = self._directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(repository.resolve_file(source, name), target)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         (self._directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")
-
-
-def _carried_names(checkpoint: Checkpoint) -> list[str]:
-    """Files to copy: those that qlf.json lists, or what a plain repository has beside its weights."""
-    if checkpoint.manifest is not None:
-        names = [entry.name for entry in checkpoint.manifest.files]
-    else:
-        names = sorted(entry.name for entry in checkpoint.path.iterdir() if entry.is_file())
-    return [
-        name
-        for name in names
-        if name not in _NOT_CARRIED_NAMES and not name.startswith(".") and not name.endswith(_NOT_CARRIED_SUFFIXES)
-    ]
 
 
 def _place(specs: Sequence[TensorSpec], shard_size: int) -> Iterator[list[TensorSpec]]:

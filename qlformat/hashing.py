@@ -86,10 +86,10 @@ class FileHasher:
         self._position += count
 
 
-def hash_file(path: Path) -> tuple[int, str]:
-    """(size in bytes, hexadecimal sha256) of a file."""
+def hash_file(path: Path, stop: threading.Event | None = None) -> tuple[int, str]:
+    """(size in bytes, hexadecimal sha256) of a file; the hash is of no use once `stop` is set."""
     hasher = FileHasher(path)
     try:
-        return hasher.size, hasher.finish()
+        return hasher.size, hasher.finish(stop)
     finally:
         hasher.close()

@@ -24,7 +24,7 @@ TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe", ".vocab"}
 _CARRIED_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
-_NOT_CARRIED = {"config.json", "qlf.json", "README.md", "adapter_config.json", "quantize_config.json"}
+_NOT_CARRIED = {"config.json", "qlf.json", "merge_report.json", "adapter_config.json", "quantize_config.json"}
 _FOREIGN_SUFFIXES = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".SCB", ".weight_packed", ".g_idx")
 _MAX_CONFIG_BYTES = 64 << 20
 

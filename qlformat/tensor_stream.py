@@ -24,7 +24,7 @@ from qlformat.native import NonFiniteError
 from qlformat.plan import Item
 from qlformat.progress import ProgressMeter
 from qlformat.shards import ShardWriter
-from qlformat.workers import run_all
+from qlformat.workers import Stopped, run_all
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements quantized at a time: a multiple of every blocksize, small enough for the CPU caches."""
@@ -53,10 +53,6 @@ class Rounded(Protocol):
     @property
     def absmax(self) -> F32:
         """Scales before double quantization, float32 [blocks]."""
-
-
-class Stopped(Exception):
-    """Another worker failed; this one gives up."""
 
 
 class TensorStream:
@@ -100,7 +96,7 @@ class TensorStream:
 
     def run(self, tasks: Iterable[Callable[[], None]], threads: int) -> None:
         """Run tasks that write weights, and raise the first error; the others give up at their next chunk then."""
-        run_all(tasks, threads, self.stop, (Stopped,))
+        run_all(tasks, threads, self.stop)
 
     def release_buffers(self) -> None:
         """Let go of the calling worker's buffers; they are made again when they are needed."""

@@ -25,7 +25,7 @@ from qlformat.recompute import SourceComparison
 from qlformat.source import open_source
 from qlformat.stored import CONFIG_NAME
 from qlformat.weights import Severity, Weight
-from qlformat.workers import run_all
+from qlformat.workers import Stopped, run_all
 
 # The least float32 that rounds to infinity.
 _OVERFLOW = {"bfloat16": float.fromhex("0x1.ffp127"), "float16": 65520.0, "float32": float("inf")}
@@ -59,6 +59,7 @@ def verify(
     progress: Callable[[Progress], None] | None = None,
     *,
     decode: bool = True,
+    stop: threading.Event | None = None,
 ) -> list[Finding]:
     """Check a checkpoint against every rule of the format. It is sound when no finding has severity "error".
 
@@ -72,6 +73,7 @@ def verify(
         progress: called from the workers, under a lock.
         decode: decode every weight. False decodes those alone whose scales are so large that a value could be beyond
             the range of its dtype: the findings are the same, in half the time.
+        stop: set it in another thread to give up.
 
     Returns:
         The findings, errors first, in an order that does not depend on the threads.
@@ -79,11 +81,12 @@ def verify(
     Raises:
         QlfError: there is no such checkpoint.
         SourceError: the source cannot be read.
+        Stopped: `stop` was set.
     """
     findings = _Findings()
     with Checkpoint(remote.local_directory(path), findings.add) as checkpoint:
         check_consistency(checkpoint, findings.add)
-        work = _Work(checkpoint, findings, progress, decode=decode)
+        work = _Work(checkpoint, findings, progress, stop or threading.Event(), decode=decode)
         workers = threads or native.default_threads()
         if source is None:
             work.run(workers)
@@ -123,7 +126,13 @@ class _Work:
     """The part of verify that reads all bytes: one task for each weight, each other tensor and each file."""
 
     def __init__(
-        self, checkpoint: Checkpoint, findings: _Findings, progress: Callable[[Progress], None] | None, *, decode: bool
+        self,
+        checkpoint: Checkpoint,
+        findings: _Findings,
+        progress: Callable[[Progress], None] | None,
+        stop: threading.Event,
+        *,
+        decode: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._decode = decode
@@ -133,7 +142,7 @@ class _Work:
         self._tasks: list[Callable[[], None]] = []
         self._progress = progress
         self._bytes = 0
-        self._stop = threading.Event()
+        self._stop = stop
         self._plan()
 
     def _plan(self) -> None:
@@ -176,12 +185,22 @@ class _Work:
         self._bytes += comparison.bytes_total
 
     def run(self, threads: int) -> None:
-        """Do everything; errors of reading become findings."""
+        """Do everything; errors of reading become findings.
+
+        Raises:
+            Stopped: somebody asked for it.
+        """
         self._meter = ProgressMeter(self._progress, len(self._tasks), self._bytes, "verifying")
         run_all([partial(self._do, task) for task in self._tasks], threads, self._stop)
+        self._give_up_when_asked()
         self._check_fingerprint()
 
+    def _give_up_when_asked(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
     def _do(self, task: Callable[[], None]) -> None:
+        self._give_up_when_asked()
         try:
             task()
         except FormatError as problem:
@@ -230,7 +249,8 @@ class _Work:
             last = min(first + CHUNK_ELEMENTS, state.elements)
             packed = checkpoint.read_part(weight.name, first // 2, -(-last // 2) - first // 2)
             digest.update(packed.data)
-            if decoded and not self._stop.is_set():
+            self._give_up_when_asked()
+            if decoded:
                 finite &= _all_finite(checkpoint.decode_packed(weight, packed, first, last))
             if last == state.elements:
                 self._check_padding(weight, state, int(packed[-1]))

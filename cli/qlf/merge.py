@@ -21,7 +21,7 @@ METHODS = ("linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "svd
 
 EPILOG = """\b
 BASE is a 4-bit checkpoint or a 16-bit model, a directory or a Hub repository;
-A is the directory of a peft LoRA adapter, and WEIGHT its factor, 1 by default.
+A is a peft LoRA adapter, likewise, and WEIGHT its factor, 1 by default.
 With --to adapter there is no BASE. Details: docs/merging.md.
 \b
 Every tensor of every adapter is applied exactly once, or nothing is written.

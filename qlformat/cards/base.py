@@ -9,6 +9,7 @@ from typing import Any
 from qlformat import manifest, repository
 from qlformat.cards import content, picture, snippets
 from qlformat.cards.content import Content, Inherited, code, section, table
+from qlformat.carried import CARD_PICTURE
 from qlformat.layout import Recipe
 from qlformat.manifest import Manifest
 from qlformat.summary import Summary, summarize
@@ -139,7 +140,7 @@ def error_section(errors: picture.Errors, *, drawn: bool) -> str:
         "Quantization error",
         "Root mean square of the decoded weight minus the source's, relative to the source's own, measured while "
         "quantizing; `qlf.json` has it for every weight.",
-        f"![relative error of every layer]({picture.FILE_NAME})" if drawn else "",
+        f"![relative error of every layer]({CARD_PICTURE})" if drawn else "",
         table(["weight", "layers", "mean", "largest", "in layer"], rows, frozenset({1, 2, 3, 4})),
     )
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlformat.carried import CARD
 from qlformat.errors import QlfError
 
-FILE_NAME = "README.md"
 MAX_BYTES = 4 << 20
 """Limit for a card; the Hub shows none of more than some 200 kB."""
 
@@ -216,4 +216,4 @@ def _rewritten(front: str, key: str, value: Any, newline: str) -> str:
 
 
 def _bad(message: str) -> QlfError:
-    return QlfError(message, file=FILE_NAME)
+    return QlfError(message, file=CARD)

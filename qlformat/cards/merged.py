@@ -8,27 +8,31 @@ from typing import Any
 
 from qlformat.cards import base, content, picture, snippets
 from qlformat.cards.content import Content, Inherited, code, section, table
+from qlformat.carried import MERGE_PICTURE, MERGE_REPORT
 from qlformat.source import is_repo_id
 from qlformat.summary import summarize
 
-REPORT = "merge_report.json"
-PICTURE = "merge_report.svg"
 _MOST_BARS = 40
 """The picture of more weights is too tall for a card, which then links to it."""
 
 
 def home(report: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(repository, commit) of what was merged onto, where the report names one: the base, or else its source."""
-    for key in ("base", "source"):
-        found = report.get(key)
-        if isinstance(found, dict) and is_repo_id(str(found.get("name"))):
-            return str(found["name"]), found.get("revision")
+    """(repository, commit) of what was merged onto, where the report names one: the base, or what that comes from."""
+    base, source = _mapping(report, "base"), _mapping(report, "source")
+    origin = _mapping(base, "made_from")
+    for name, revision in (
+        (base.get("name"), base.get("revision")),
+        (source.get("name"), source.get("revision")),
+        (origin.get("repo_id"), origin.get("revision")),
+    ):
+        if is_repo_id(str(name)):
+            return str(name), revision
     return None, None
 
 
 def describe(directory: Path, name: str, inherited: Inherited) -> Content:
     """The card of the merged model in `directory`; see cards.base.describe."""
-    report = content.read_object(directory / REPORT)
+    report = content.read_object(directory / MERGE_REPORT)
     config = content.read_object(directory / "config.json")
     parsed = base.read_manifest(directory)
     summary = summarize(directory)
@@ -36,7 +40,7 @@ def describe(directory: Path, name: str, inherited: Inherited) -> Content:
     errors = picture.errors_by_kind(parsed.weights) if parsed else {}
     four_bit = parsed is not None
     parents = [home(report)[0], *(entry.get("repo_id") for entry in _adapters(report))]
-    named = [parent for parent in parents if parent]
+    named = list(dict.fromkeys(parent for parent in parents if parent))
     metadata: dict[str, Any] = {
         **inherited.metadata(),
         **({"base_model": named if len(named) > 1 else named[0], "base_model_relation": "merge"} if named else {}),
@@ -109,8 +113,8 @@ def _kept(directory: Path, report: Mapping[str, Any]) -> str:
     if isinstance(retention.get("retention"), float):
         rows.append(("share of the held-out gain that was kept", f"{retention['retention']:.3f}"))
     drawn = ""
-    if (directory / PICTURE).is_file():  # a bar for each weight
-        link = f"[share of each change that was kept]({PICTURE})"
+    if (directory / MERGE_PICTURE).is_file():  # a bar for each weight
+        link = f"[share of each change that was kept]({MERGE_PICTURE})"
         drawn = f"!{link}" if summary.get("weights", 0) <= _MOST_BARS else f"Weight by weight: {link}."
     return section("What was kept of the adapters", table(["", ""], rows), drawn) if rows else ""
 

@@ -9,6 +9,7 @@ from typing import Any
 from qlformat import remote
 from qlformat.cards import document
 from qlformat.cards.content import Inherited
+from qlformat.carried import CARD
 from qlformat.errors import QlfError
 
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
@@ -80,9 +81,9 @@ def inherit(repo_id: str | None, revision: str | None) -> Inherited:
         return Inherited()
     try:
         files = remote.open_files(f"{repo_id}@{revision}" if revision else repo_id)
-        if document.FILE_NAME not in files.sizes:
+        if CARD not in files.sizes:
             raise QlfError(f"{repo_id} has no card")
-        found = document.parse(files.read(document.FILE_NAME)).metadata()
+        found = document.parse(files.read(CARD)).metadata()
         taken = {key: found.get(key) for key in _INHERITED}
         check({key: value for key, value in taken.items() if value is not None})
     except QlfError as error:
@@ -113,4 +114,4 @@ def _check_names(metadata: Mapping[str, Any], key: str, *, repositories: bool = 
 
 
 def _bad(message: str) -> QlfError:
-    return QlfError(f"the Hub would refuse its metadata: {message}", file=document.FILE_NAME)
+    return QlfError(f"the Hub would refuse its metadata: {message}", file=CARD)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from qlformat import __version__
 from qlformat.errors import QlfError
 from qlformat.manifest import WeightEntry
 
-FILE_NAME = "quantization-error.png"
 MOST_KINDS = 12
 """Lines that can be told apart."""
 
@@ -67,6 +69,14 @@ def drawable(errors: Errors) -> bool:
     return worth_drawing(errors) and importlib.util.find_spec("matplotlib") is not None
 
 
+def is_current(errors: Errors, title: str, path: Path) -> bool:
+    """Whether a file is the picture that `draw` would make, so that a push need not wait a second for matplotlib."""
+    try:
+        return _stamp(errors, title).encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
 def draw(errors: Errors, title: str, path: Path) -> None:
     """Draw one line for each kind over the layers, each named at its right end: a PNG, the same for the same errors.
 
@@ -111,6 +121,12 @@ def draw(errors: Errors, title: str, path: Path) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     try:
-        figure.savefig(path, dpi=140, format="png", metadata={"Software": None})
+        figure.savefig(path, dpi=140, format="png", metadata={"Software": None, "Comment": _stamp(errors, title)})
     except OSError as error:
         raise QlfError(f"{path}: the picture cannot be written: {error.strerror}; choose another place") from None
+
+
+def _stamp(errors: Errors, title: str) -> str:
+    """A name for what is drawn, and by which version, which the picture carries as a comment."""
+    drawn = json.dumps([__version__, title, errors])
+    return f"drawn from {hashlib.sha256(drawn.encode()).hexdigest()}"

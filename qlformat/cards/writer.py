@@ -12,6 +12,7 @@ from qlformat import adapter as adapters
 from qlformat.cards import adapter, base, content, document, merged, metadata, picture
 from qlformat.cards.content import Content, Inherited
 from qlformat.cards.document import Document
+from qlformat.carried import CARD, CARD_PICTURE, MERGE_REPORT
 from qlformat.errors import QlfError
 from qlformat.staging import target_error
 
@@ -67,7 +68,7 @@ def write_card(
     try:
         if picture.drawable(made.errors):
             _draw(made, directory)
-        _replace(directory / document.FILE_NAME, made.text.encode())
+        _replace(directory / CARD, made.text.encode())
     except OSError as error:
         raise target_error(error, directory) from None
     return made.notes
@@ -102,14 +103,14 @@ def make_card(
 
 
 def _read(directory: Path) -> Document:
-    path = directory / document.FILE_NAME
+    path = directory / CARD
     if not os.path.lexists(path):
         return document.EMPTY
     try:
         with path.open("rb") as file:
             data = file.read(document.MAX_BYTES + 1)
     except OSError as error:
-        raise QlfError(f"cannot be read: {error.strerror}", file=document.FILE_NAME) from None
+        raise QlfError(f"cannot be read: {error.strerror}", file=CARD) from None
     if len(data) > document.MAX_BYTES:
         raise QlfError(f"found more than {document.MAX_BYTES} bytes, such a card is not plausible", file=path.name)
     return document.parse(data)
@@ -119,8 +120,8 @@ def _describe(directory: Path, name: str, license_id: str | None, online: bool) 
     names = set(os.listdir(directory)) if directory.is_dir() else set()
     if adapters.CONFIG_NAME in names:
         home, describe = adapter.read(directory).home, adapter.describe
-    elif merged.REPORT in names:
-        home, describe = merged.home(content.read_object(directory / merged.REPORT)), merged.describe
+    elif MERGE_REPORT in names:
+        home, describe = merged.home(content.read_object(directory / MERGE_REPORT)), merged.describe
     elif "config.json" in names:
         config = content.read_object(directory / "config.json")
         if not isinstance(config.get("quantization_config"), dict):
@@ -170,7 +171,7 @@ def _changes(
             if present.get(key) != value:
                 changes[key] = value
         elif present[key] != value and key in ("base_model", "base_model_relation", "license"):
-            notes.append(f"{document.FILE_NAME} says {key}: {str(present[key])[:80]}, found {str(value)[:80]}; kept")
+            notes.append(f"{CARD} says {key}: {str(present[key])[:80]}, found {str(value)[:80]}; kept")
     for key in (*found.recorded, "base_model"):
         if key in generated or key not in present or not ours(key):
             continue
@@ -193,7 +194,9 @@ def _peft_names(directory: Path, present: Mapping[str, Any]) -> set[str]:
 
 
 def _draw(made: Card, directory: Path) -> None:
-    target = directory / picture.FILE_NAME
+    target = directory / CARD_PICTURE
+    if picture.is_current(made.errors, made.title, target):
+        return
     beside = target.with_name(f".{target.name}.partial")
     try:
         picture.draw(made.errors, made.title, beside)

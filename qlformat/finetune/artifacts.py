@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import qlformat
 from qlformat import cards, manifest
 from qlformat.adapter import CONFIG_NAME, AdapterManifest, BasePin, file_entries
-from qlformat.cards.document import FILE_NAME as README
+from qlformat.carried import CARD
 from qlformat.finetune import checkpointing, fixed_part, metrics
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def write(
     pin = BasePin(prepared.base.fingerprint, prepared.base.repo_id, prepared.base.revision)
     made = AdapterManifest(writer, pin, files=file_entries(work))
     (work / manifest.FILE_NAME).write_bytes(made.to_json(fields))
-    (work / README).unlink(missing_ok=True)  # peft's empty form
+    (work / CARD).unlink(missing_ok=True)  # peft's empty form
     cards.write_card(work, name=report.out.resolve().name, online=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Literal
 
 from qlformat import manifest, repository
 from qlformat.adapter import CONFIG_NAME as ADAPTER_CONFIG
+from qlformat.carried import CARD, CARD_PICTURE, MERGE_REPORT
 from qlformat.errors import FormatError, QlfError
 from qlformat.hashing import hash_file
 from qlformat.hub.client import RemoteFile
@@ -22,8 +24,8 @@ from qlformat.stored import CONFIG_NAME
 Kind = Literal["base", "adapter", "merged", "model"]
 """base: 4-bit. adapter: peft's. merged: what `qlf merge` wrote, 4-bit or not. model: any other 16- or 32-bit model."""
 
-CARD = "README.md"
-MERGE_REPORT = "merge_report.json"
+CARD_FILES = (CARD, CARD_PICTURE)
+"""What writing the card writes."""
 WEIGHTS_SUFFIX = ".safetensors"
 
 _PICKLED = re.compile(r"(pytorch_model.*|adapter_model|training_args)\.bin|.*\.(pt|pth|ckpt|pkl|pickle)")
@@ -111,15 +113,15 @@ def is_weights(name: str) -> bool:
     return name.endswith(WEIGHTS_SUFFIX)
 
 
-def hash_files(files: Sequence[LocalFile], threads: int) -> dict[str, str]:
-    """sha256 of each file by name.
+def hash_files(files: Sequence[LocalFile], threads: int, stop: threading.Event) -> dict[str, str]:
+    """sha256 of each file by name; of no use once `stop` is set.
 
     Raises:
         OSError: a file cannot be read.
     """
 
     def one(file: LocalFile) -> str:
-        return hash_file(file.path)[1]
+        return hash_file(file.path, stop)[1]
 
     # The largest first: it takes longest, and one file is hashed by one thread.
     order = sorted(files, key=lambda file: -file.size)

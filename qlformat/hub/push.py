@@ -6,16 +6,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlformat import __version__, native
+from qlformat import __version__
+from qlformat.carried import CARD
 from qlformat.errors import QlfError
-from qlformat.hub import soundness
 from qlformat.hub.client import HubClient, RemoteState, parse_repo_id, quiet_client
-from qlformat.hub.contents import CARD, Contents, hash_files, read_contents
+from qlformat.hub.contents import CARD_FILES, Contents, read_contents
+from qlformat.hub.examination import Examination
 from qlformat.hub.plan import Plan, make_plan
 from qlformat.hub.upload import Upload
 from qlformat.progress import Progress
@@ -151,24 +151,20 @@ def prepare(
     """
     started = time.monotonic()
     asked = options or PushOptions()
-    name, revision = parse_repo_id(repo_id)
-    if revision is not None:
-        raise QlfError(f"found {repo_id!r}, needed ORG/NAME; give the branch with --revision")
     if asked.create_pr and asked.revision != MAIN:
         raise QlfError(
             f"a proposed change is made to {MAIN}, found the revision {asked.revision!r}; give one of the two"
         )
-    read_contents(Path(path))  # before the hub is asked anything
-    client = HubClient(asked.endpoint)
-    with quiet_client():
+    contents = read_contents(Path(path))
+    examination = Examination(contents, threads, progress, allow_base_mismatch=asked.allow_base_mismatch)
+    with examination, quiet_client():  # its threads are at work: the client's library takes half a second to import
+        name = _plain_name(repo_id)
+        client = HubClient(asked.endpoint)
         state, new_branch = _remote(client, name, asked)
         notes = _card(client, Path(path), name, asked, state, dry=dry) if asked.card else ()
         contents = read_contents(Path(path))
-        workers = threads or native.default_threads()
-        with ThreadPoolExecutor(1, thread_name_prefix="qlf") as beside:  # both read what the other has just read
-            hashing = beside.submit(hash_files, contents.files, workers)
-            notes += soundness.require_sound(contents, threads, progress, allow_base_mismatch=asked.allow_base_mismatch)
-            hashes = hashing.result()
+        notes += examination.notes()
+        hashes = examination.hashes(contents, CARD_FILES)
     plan = make_plan(contents, hashes, state)
     return Prepared(client, name, asked, contents, hashes, state, new_branch, plan, notes, started)
 
@@ -216,6 +212,13 @@ def push(
 ) -> PushReport:
     """Verify a directory and publish it; see `prepare` and `send`."""
     return send(prepare(path, repo_id, options, threads=threads, progress=progress))
+
+
+def _plain_name(repo_id: str) -> str:
+    name, revision = parse_repo_id(repo_id)
+    if revision is not None:
+        raise QlfError(f"found {repo_id!r}, needed ORG/NAME; give the branch with --revision")
+    return name
 
 
 def _remote(client: HubClient, repo_id: str, asked: PushOptions) -> tuple[RemoteState | None, bool]:

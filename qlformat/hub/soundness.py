@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,19 +21,21 @@ def require_sound(
     progress: Callable[[Progress], None] | None = None,
     *,
     allow_base_mismatch: bool = False,
+    stop: threading.Event | None = None,
 ) -> tuple[str, ...]:
     """Check a directory and return what is worth knowing about it.
 
     4-bit checkpoints and adapters are checked as by `qlf verify`, an adapter's pin included; of other models the
-    structure of every file and the index.
+    structure of every file and the index. Set `stop` in another thread to give up.
 
     Raises:
         QlfError: something is wrong; the line says what.
+        Stopped: `stop` was set.
     """
     if contents.kind == "adapter":
         found = verify_adapter(contents.path, allow_base_mismatch=allow_base_mismatch)
     elif contents.four_bit:
-        found = verify(contents.path, threads=threads, progress=progress, decode=False)
+        found = verify(contents.path, threads=threads, progress=progress, decode=False, stop=stop)
     else:
         return _check_model(contents.path)
     return _notes(contents.path, found)

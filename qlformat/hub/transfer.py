@@ -10,13 +10,10 @@ from pathlib import Path
 
 from qlformat.hub.client import TIMEOUT_SECONDS, HubClient, RemoteFile
 from qlformat.hub.refusals import HubError
+from qlformat.workers import Stopped
 
 CHUNK_BYTES = 1 << 20
 _SUFFIX = ".incomplete"
-
-
-class Stopped(Exception):
-    """The transfer was asked to stop; what came is kept."""
 
 
 class Transfer:
@@ -66,7 +63,7 @@ class Transfer:
         Raises:
             HubError: the hub failed, without a byte of progress in all tries, or its bytes have another hash.
             OSError: it cannot be written here.
-            Stopped: `stop` was set.
+            Stopped: `stop` was set; what came is kept.
         """
         for attempt in (1, 2):
             found = self._all()

@@ -15,16 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat import reference, repository
-from qlformat.adapter import CONFIG_NAME, BasePin, read_pin
+from qlformat.adapter import CONFIG_NAME, WEIGHTS_NAME, BasePin, read_pin
 from qlformat.checkpoint import NUMPY_DTYPES
 from qlformat.errors import FormatError, QlfError, shown
 from qlformat.layout import strict_json
 from qlformat.shards import ShardReader, TensorInfo
-from qlformat.source import TORCH_DTYPES, WeightFile
+from qlformat.source import TORCH_DTYPES, WeightFile, cached_identity
 
 F32 = npt.NDArray[np.float32]
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 TORCH_WEIGHTS_NAME = "adapter_model.bin"
 
 UNSUPPORTED = {
@@ -57,6 +56,7 @@ class AdapterFiles:
         sha256: of the weights file.
         config_sha256: of adapter_config.json.
         name: what it is called in messages and reports; see `told_apart`.
+        repo_id, revision: Hub repository and commit of one in the Hub cache, or None.
     """
 
     path: Path
@@ -68,6 +68,8 @@ class AdapterFiles:
     config_sha256: str
     reader: WeightFile
     name: str
+    repo_id: str | None = None
+    revision: str | None = None
 
     def read(self, name: str) -> F32:
         """A tensor as float32, in its shape."""
@@ -127,9 +129,10 @@ def open_adapter(path: Path, weight: float) -> AdapterFiles:
     with resolved.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             sha256.update(chunk)
+    repo_id, revision = cached_identity(path)
     adapter = AdapterFiles(
         path, weight, config, pin, tensors, sha256.hexdigest(), hashlib.sha256(data).hexdigest(), reader,
-        path.resolve().name,
+        repo_id or path.resolve().name, repo_id, revision,
     )  # fmt: skip
     try:
         _check_tensors(adapter)
@@ -140,15 +143,24 @@ def open_adapter(path: Path, weight: float) -> AdapterFiles:
 
 
 def told_apart(adapters: Sequence[AdapterFiles]) -> list[AdapterFiles]:
-    """The adapters, those with the same last part of the path called by as many parts as tell them apart."""
-    paths = [adapter.path.resolve().parts for adapter in adapters]
+    """The adapters, those with the same last part of the path called by as many parts as tell them apart.
+
+    One of the Hub is called by its repository id, with the commit where another commit of it is among them.
+    """
+    paths = [_places(adapter) for adapter in adapters]
     names = []
-    for own in paths:
+    for adapter, own in zip(adapters, paths, strict=True):
         count = 1
         while count < len(own) and sum(other[-count:] == own[-count:] for other in paths) > 1:
             count += 1
-        names.append("/".join(own[-count:]))
+        names.append("@".join(own[::-1][:count]) if adapter.repo_id else "/".join(own[-count:]))
     return [replace(adapter, name=name) for adapter, name in zip(adapters, names, strict=True)]
+
+
+def _places(adapter: AdapterFiles) -> tuple[str, ...]:
+    if adapter.repo_id and adapter.revision:
+        return adapter.revision, adapter.repo_id
+    return adapter.path.resolve().parts
 
 
 def _config(data: bytes, path: Path) -> dict[str, Any]:

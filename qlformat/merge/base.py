@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat import codec, native, native_merge, remote, repository
+from qlformat.carried import DESCRIPTIONS, carried_names
 from qlformat.casting import cast_into
 from qlformat.checkpoint import FLOAT_DTYPES, NUMPY_DTYPES, AnyArray, Checkpoint
 from qlformat.errors import QlfError
@@ -22,9 +23,6 @@ from qlformat.source import Source, SourceTensor, cached_identity, open_source
 from qlformat.weights import Weight
 
 F32 = npt.NDArray[np.float32]
-
-_NOT_CARRIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
-_NOT_CARRIED_NAMES = frozenset(("config.json", "qlf.json", "README.md", "merge_report.json", "merge_report.svg"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,7 @@ class Base:
         recipe: of a 4-bit checkpoint, else None.
         carried: (relative name, path) of tokenizer and other files.
         repo_id, revision: Hub repository, or None.
+        made_from: {"repo_id", "revision"} of the model that a 4-bit checkpoint was made from, where qlf.json names it.
     """
 
     path: Path
@@ -72,6 +71,7 @@ class Base:
     carried: list[tuple[str, Path]]
     repo_id: str | None = None
     revision: str | None = None
+    made_from: dict[str, str | None] | None = None
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -150,7 +150,7 @@ class PlainBase(Base):
         self.path = source.directory
         self.config = dict(source.config)
         self.repo_id, self.revision = source.repo_id, source.revision
-        self.carried = [entry for entry in source.carried if entry[0] not in _NOT_CARRIED_NAMES]
+        self.carried = [entry for entry in source.carried if entry[0] not in DESCRIPTIONS]
         self.weights = {}
         for tensor in source.tensors.values():
             dtype = TORCH_NAMES.get(tensor.dtype)
@@ -204,9 +204,11 @@ class QuantizedBase(Base):
         compute = declared if declared in FLOAT_DTYPES else "bfloat16"
         if manifest is not None:
             self.recipe = manifest.recipe
+            origin = manifest.source
+            self.made_from = {"repo_id": origin.repo_id, "revision": origin.revision} if origin.repo_id else None
         elif states:
             self.recipe = Recipe(states[0].quant_type, states[0].blocksize, states[0].nested, compute)
-        self.carried = [(name, repository.resolve_file(self.path, name)) for name in self._carried_names()]
+        self.carried = [(name, repository.resolve_file(self.path, name)) for name in carried_names(checkpoint)]
         self.weights = {}
         for weight in checkpoint.weights.values():
             shape = weight.shape[::-1] if weight.transposed else weight.shape
@@ -268,18 +270,6 @@ class QuantizedBase(Base):
             held = (stored.name, codec.transpose(whole).reshape(-1))
             self._local.turned = held
         return held[1]
-
-    def _carried_names(self) -> list[str]:
-        manifest = self.checkpoint.manifest
-        if manifest is not None:
-            names = [entry.name for entry in manifest.files]
-        else:
-            names = sorted(entry.name for entry in self.path.iterdir() if entry.is_file())
-        return [
-            name
-            for name in names
-            if name not in _NOT_CARRIED_NAMES and not name.startswith(".") and not name.endswith(_NOT_CARRIED_SUFFIXES)
-        ]
 
 
 def widen(raw: AnyArray, dtype: str, out: F32) -> F32:

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat import __version__
-from qlformat.adapter import CONFIG_NAME, AdapterManifest, file_entries
+from qlformat.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterManifest, file_entries
 from qlformat.errors import QlfError
 from qlformat.manifest import FILE_NAME as MANIFEST_NAME
-from qlformat.merge.adapter_files import WEIGHTS_NAME, AdapterFiles, config_json
+from qlformat.merge.adapter_files import AdapterFiles, config_json
 from qlformat.merge.combining import SPARSE, Method, Part, concatenated, truncated, truncated_matrix
 from qlformat.shards import ShardWriter, TensorSpec
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlformat import __version__, native
+from qlformat.adapter import WEIGHTS_NAME
+from qlformat.carried import MERGE_PICTURE, MERGE_REPORT
 from qlformat.errors import FormatError, QlfError, SourceError, TargetError
 from qlformat.layout import Recipe
 from qlformat.merge import combined_adapter, compatibility, figures, matching, options, planning, retention
-from qlformat.merge.adapter_files import WEIGHTS_NAME, AdapterFiles, open_adapter, told_apart
+from qlformat.merge.adapter_files import AdapterFiles, open_adapter, told_apart
 from qlformat.merge.base import Base, open_base
 from qlformat.merge.combining import SPARSE, Method
 from qlformat.merge.merged import MergedFile
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from qlformat.calibration.engine import Calibration
-
-REPORT_NAME = "merge_report.json"
-PICTURE_NAME = "merge_report.svg"
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ def merge(
     """
     started = time.monotonic()
     options.check(asked, adapters, source, calibration, eval_data)
+    adapters = [spec.located() for spec in adapters]
     target = Path(out)
     _check_place(target, base, adapters, source)
     if asked.to == "adapter":
@@ -128,7 +128,7 @@ def merge(
         title = f"{' + '.join(adapter.name for adapter in opened)} -> {asked.to}"
         picture = figures.picture(run.kept, title)
         content = job.content(run)
-        manifest = run.publish({REPORT_NAME: _json(content), PICTURE_NAME: picture})
+        manifest = run.publish({MERGE_REPORT: _json(content), MERGE_PICTURE: picture})
         if eval_data is not None:
             exact = partial(
                 merge, base, adapters, asked=replace(asked, to="float32", onto=None, rounding=None, min_retention=None)
@@ -138,7 +138,7 @@ def merge(
             )
             content = {**content, "retention": found.as_dict()}
             _check_retention(found, asked, staging)
-            manifest = run.publish({REPORT_NAME: _json(content), PICTURE_NAME: picture})
+            manifest = run.publish({MERGE_REPORT: _json(content), MERGE_PICTURE: picture})
         run.journal.remove()
         staging.commit()
         written = sum((target / name).stat().st_size for name in plan.shard_names)
@@ -164,7 +164,7 @@ def combine(adapters: Sequence[AdapterSpec], out: Path, asked: MergeOptions, *, 
         with Staging(out, overwrite=overwrite) as staging:
             rank, error = combined_adapter.write(opened, staging.path, method, {"merge": fields})
             content = {**fields, "rank": rank, "relative_error_most": float(f"{error:.6g}")}
-            (staging.path / REPORT_NAME).write_bytes(_json(content))
+            (staging.path / MERGE_REPORT).write_bytes(_json(content))
             staging.commit()
     size = (out / WEIGHTS_NAME).stat().st_size
     return MergeReport(out, content, None, time.monotonic() - started, size, tuple(notes))
@@ -176,6 +176,8 @@ def _combination(adapters: Sequence[AdapterFiles], asked: MergeOptions) -> dict[
         "adapters": [
             {
                 "name": adapter.name,
+                "repo_id": adapter.repo_id,
+                "revision": adapter.revision,
                 "weight": adapter.weight,
                 "sha256": adapter.sha256,
                 "config_sha256": adapter.config_sha256,
@@ -346,6 +348,7 @@ def _described(base: Base) -> dict[str, Any]:
     return {
         "name": base.repo_id or base.path.resolve().name,
         "revision": base.revision,
+        "made_from": base.made_from,
         "fingerprint": base.fingerprint,
         "files": [{key: value for key, value in vars(entry).items() if value is not None} for entry in base.files()],
     }

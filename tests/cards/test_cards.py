@@ -175,8 +175,24 @@ def test_the_same_files_give_the_same_card(tiny_base: Path, copy: Copy) -> None:
     base = copy(tiny_base)
     write_card(base, online=False)
     before = [hash_file(base / name) for name in ("README.md", "quantization-error.png")]
+    (base / "quantization-error.png").unlink()
     write_card(base, online=False)
     assert [hash_file(base / name) for name in ("README.md", "quantization-error.png")] == before
+
+
+def test_a_picture_is_drawn_again_when_it_would_be_another(tiny_base: Path, copy: Copy) -> None:
+    base = copy(tiny_base)
+    drawn = base / "quantization-error.png"
+    write_card(base, name="ORG/first", online=False)
+    first, when = drawn.read_bytes(), drawn.stat().st_mtime_ns
+    write_card(base, name="ORG/first", online=False)
+    assert drawn.stat().st_mtime_ns == when
+    write_card(base, name="ORG/second", online=False)
+    second = drawn.read_bytes()
+    assert second != first
+    drawn.write_bytes(b"another picture")
+    write_card(base, name="ORG/second", online=False)
+    assert drawn.read_bytes() == second
 
 
 def test_a_plain_bitsandbytes_repository(tiny_base: Path, copy: Copy) -> None:

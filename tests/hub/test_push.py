@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from qlformat.adapter import AdapterManifest, BasePin
 from qlformat.checkpoint import open_checkpoint
 from qlformat.errors import QlfError
+from qlformat.hub import examination
 from qlformat.hub.pull import pull
 from qlformat.hub.push import PushOptions, prepare, push, send
 from qlformat.hub.refusals import Conflict
+from qlformat.workers import Stopped
 from tests.builders import build_checkpoint, flip_bit
 from tests.faulty_hub import Answer, FaultyHub, Lost, Request
 from tests.hub.conftest import make_adapter
@@ -345,6 +348,35 @@ def test_a_file_that_changes_while_it_is_sent(proxy: FaultyHub, base: Path, api:
     with pytest.raises(QlfError, match=r"README\.md changed while it was being sent; nothing was published"):
         send(prepared)
     assert proxy.commits() == 0
+
+
+def test_a_file_that_changes_while_it_is_checked(proxy: FaultyHub, base: Path) -> None:
+    def change(request: Request) -> None:  # the hub is asked meanwhile
+        with (base / SHARDS[1]).open("ab") as shard:
+            shard.write(b"x")
+
+    proxy.before = change
+    assert f"{SHARDS[1]}" in refusal(base, "lab/checked")
+    assert proxy.commits() == 0 and proxy.puts() == []
+
+
+def test_a_file_that_comes_while_the_others_are_checked(proxy: FaultyHub, base: Path) -> None:
+    proxy.before = lambda request: (base / "notes.txt").write_text("new\n") and None  # type: ignore[func-returns-value]
+    assert "notes.txt changed while it was being checked; nothing was published" in refusal(base, "lab/checked-too")
+    assert proxy.commits() == 0 and proxy.puts() == []
+
+
+def test_a_hub_that_refuses_ends_the_check(proxy: FaultyHub, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up = []
+
+    def endless(*args: object, stop: threading.Event, **more: object) -> tuple[str, ...]:
+        given_up.append(stop.wait(60))
+        raise Stopped
+
+    monkeypatch.setattr(examination, "require_sound", endless)
+    proxy.before = lambda request: Answer(403)
+    assert "lab/forbidden" in refusal(base, "lab/forbidden")
+    assert given_up == [True]
 
 
 def test_a_broken_card_is_refused_before_anything_is_sent(proxy: FaultyHub, base: Path) -> None:

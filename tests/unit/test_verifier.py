@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from qlformat.progress import Progress
 from qlformat.rules import RULES
 from qlformat.shards import DTYPE_BITS
 from qlformat.verifier import Finding, verify
+from qlformat.workers import Stopped
 from tests import builders
 from tests.builders import Checkpoint, Tensor, build_checkpoint, build_source, edit_json, make_checkpoint, reseal
 
@@ -291,6 +293,17 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     last = seen[-1]
     assert last.phase == "verifying"
     assert (last.tensors_done, last.bytes_done) == (last.tensors_total, last.bytes_total)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_giving_up_is_never_taken_for_a_result(tmp_path: Path, threads: int, begun: bool) -> None:
+    build_checkpoint(tmp_path)
+    stop = threading.Event()
+    if not begun:
+        stop.set()
+    with pytest.raises(Stopped):
+        verify(tmp_path, threads=threads, progress=lambda _: stop.set(), stop=stop)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
