@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 STAMP := $(VENV)/.qlformat-installed
 KERNELS := $(shell find kernels -type f)
 PYSOURCES := qlformat cli tests tools benchmarks spec
@@ -23,8 +24,8 @@ $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 demo: $(STAMP) ## Convert a real model, verify it, let plain transformers answer with it, and fine-tune it
 	$(BIN)/python tools/demo.py
 
-test: $(STAMP) ## Run every test
-	$(BIN)/python -m pytest
+test: $(STAMP) ## Run every test, JOBS at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 $(VENV)/.qlformat-lint: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt ruff mypy clang-format

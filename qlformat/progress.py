@@ -15,9 +15,10 @@ class Progress:
     """How far an operation is.
 
     Attributes:
-        phase: what is being done, in one or two words.
-        tensors_done, tensors_total: weights.
+        phase: what is being done, in one or two words; empty where another program shows its own progress.
+        tensors_done, tensors_total: weights, or what `unit` says.
         bytes_done, bytes_total: bytes read.
+        unit: what is counted.
     """
 
     phase: str
@@ -25,6 +26,10 @@ class Progress:
     tensors_total: int
     bytes_done: int
     bytes_total: int
+    unit: str = "tensors"
+
+
+HIDDEN = Progress("", 0, 0, 0, 0)
 
 
 class ProgressMeter:
@@ -36,11 +41,13 @@ class ProgressMeter:
         tensors_total: int,
         bytes_total: int,
         phase: str = "converting",
+        unit: str = "tensors",
     ) -> None:
         self._callback = callback
         self._totals = (tensors_total, bytes_total)
         self._done = [0, 0]
         self._phase = phase
+        self._unit = unit
         self._last = 0.0
         self._lock = threading.Lock()
 
@@ -63,4 +70,4 @@ class ProgressMeter:
         self._last = time.monotonic()
         if self._callback:
             tensors, nbytes = self._totals
-            self._callback(Progress(self._phase, self._done[0], tensors, self._done[1], nbytes))
+            self._callback(Progress(self._phase, self._done[0], tensors, self._done[1], nbytes, self._unit))

@@ -60,6 +60,7 @@ def verify(
     *,
     decode: bool = True,
     stop: threading.Event | None = None,
+    on_structure: Callable[[list[Finding]], None] | None = None,
 ) -> list[Finding]:
     """Check a checkpoint against every rule of the format. It is sound when no finding has severity "error".
 
@@ -74,6 +75,8 @@ def verify(
         decode: decode every weight. False decodes those alone whose scales are so large that a value could be beyond
             the range of its dtype: the findings are the same, in half the time.
         stop: set it in another thread to give up.
+        on_structure: called with what is found without reading the weights' bytes, before they are read; what it raises
+            ends the check.
 
     Returns:
         The findings, errors first, in an order that does not depend on the threads.
@@ -88,6 +91,8 @@ def verify(
         check_consistency(checkpoint, findings.add)
         work = _Work(checkpoint, findings, progress, stop or threading.Event(), decode=decode)
         workers = threads or native.default_threads()
+        if on_structure is not None:
+            on_structure(findings.sorted())
         if source is None:
             work.run(workers)
         else:

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Before any import of transformers or bitsandbytes, which would ask a hub at import time.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several tests at once would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def fetched(name: str) -> Path:

@@ -58,6 +58,8 @@ class Log:
 
     def update(self, now: Update) -> None:
         """Take a report of the library."""
+        if not now.phase:
+            return
         moment = self._clock()
         if now.phase != self._phase:
             self._phase, self._start = now.phase, (moment, now.bytes_done)
@@ -76,7 +78,7 @@ class Log:
         # What a resumed run found already done says nothing about its speed.
         since, before = self._start
         took, done = moment - since, now.bytes_done - before
-        parts = [f"{now.tensors_done}/{now.tensors_total} tensors", output.share(now.bytes_done, now.bytes_total)]
+        parts = [f"{now.tensors_done}/{now.tensors_total} {now.unit}", output.share(now.bytes_done, now.bytes_total)]
         if done > 0 and took > 0:
             parts += [output.speed(done, took), _left((now.bytes_total - now.bytes_done) * took / done)]
         return f"qlf: {output.clean(now.phase)}: {', '.join(parts)}"
@@ -96,6 +98,9 @@ class Bar:
 
     def update(self, now: Update) -> None:
         """Take a report of the library."""
+        if not now.phase:
+            self.close()
+            return
         if self._drawn is None:
             if time.monotonic() - self._begun < BAR_AFTER:
                 return
@@ -105,7 +110,7 @@ class Bar:
                 sys.stderr.write(note + "\n")
             self._drawn.start()
         total = now.bytes_total or None
-        tensors = f"{now.tensors_done}/{now.tensors_total} tensors"
+        tensors = f"{now.tensors_done}/{now.tensors_total} {now.unit}"
         if self._task is None or now.phase != self._phase:
             if self._task is not None:
                 self._drawn.remove_task(self._task)
@@ -118,6 +123,7 @@ class Bar:
         """Erase the bar and give the cursor back."""
         if self._drawn is not None:
             self._drawn.stop()
+        self._drawn = self._task = None
 
 
 def _rich_bar() -> Progress:

@@ -67,6 +67,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Publish the directory PATH as the repository REPO_ID."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of NumPy's that would only take time to start
     with progress(quiet) as listener:  # before huggingface_hub is imported
         if endpoint:
             os.environ["HF_ENDPOINT"] = endpoint  # an adapter's base is looked for there, too
@@ -84,7 +85,7 @@ def command(
             allow_base_mismatch=allow_base_mismatch,
         )
         prepared = prepare(path, repo_id, asked, dry=dry_run, threads=threads, progress=listener)
-    report = prepared.report() if dry_run else send(prepared)  # with the client's own bars, on a terminal
+        report = prepared.report() if dry_run else send(prepared)
     if as_json:
         output.emit_json({**report.as_dict(), "dry_run": dry_run})
         return

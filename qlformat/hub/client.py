@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qlformat.errors import QlfError
 from qlformat.hub.refusals import RETRIED, HubError, is_unreachable, refusal, scrub, status_of, token, waits_for
 from qlformat.source import is_repo_id
+from qlformat.workers import Stopped
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -78,13 +79,14 @@ class HubClient:
 
         Raises:
             HubError: the hub refused or failed; the line says how.
+            Stopped: `action` was asked to give up.
             OSError: a failure of this machine, such as a full disk.
         """
         tries = tries or self.tries
         for attempt in range(1, tries + 1):
             try:
                 return action()
-            except QlfError:
+            except (QlfError, Stopped):
                 raise
             except Exception as error:
                 wait = max(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), waits_for(error) or 0.0)
@@ -184,6 +186,25 @@ def quiet_client() -> Iterator[None]:
             yield
     finally:
         client_log.set_verbosity(before)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep the client's progress bars off the terminal, where there is one of ours."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but without __all__
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _named(repo_id: str, revision: str | None) -> str:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +13,6 @@ from qlformat import manifest, repository
 from qlformat.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from qlformat.carried import CARD, CARD_PICTURE, MERGE_REPORT
 from qlformat.errors import FormatError, QlfError
-from qlformat.hashing import hash_file
 from qlformat.hub.client import RemoteFile
 from qlformat.layout import strict_json
 from qlformat.stored import CONFIG_NAME
@@ -111,22 +107,6 @@ def owned(name: str) -> bool:
 def is_weights(name: str) -> bool:
     """Whether a file holds weights."""
     return name.endswith(WEIGHTS_SUFFIX)
-
-
-def hash_files(files: Sequence[LocalFile], threads: int, stop: threading.Event) -> dict[str, str]:
-    """sha256 of each file by name; of no use once `stop` is set.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-
-    def one(file: LocalFile) -> str:
-        return hash_file(file.path, stop)[1]
-
-    # The largest first: it takes longest, and one file is hashed by one thread.
-    order = sorted(files, key=lambda file: -file.size)
-    with ThreadPoolExecutor(threads, thread_name_prefix="qlf") as pool:
-        return dict(zip((file.name for file in order), pool.map(one, order), strict=True))
 
 
 def equals(path: Path, size: int, sha256: str, remote: RemoteFile) -> bool:

@@ -1,28 +1,29 @@
-"""Hash and check a directory on threads of its own, while the hub is asked and the card is written."""
+"""Hash and check a directory on threads of its own, while the hub is asked, the card is written and files are sent."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from types import TracebackType
-from typing import Self
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from qlformat import native
 from qlformat.errors import QlfError
-from qlformat.hub.contents import Contents, hash_files
+from qlformat.hashing import hash_file
+from qlformat.hub.contents import Contents, LocalFile
 from qlformat.hub.soundness import require_sound
 from qlformat.progress import Progress
 
 
 class Examination:
-    """The work on a directory's bytes that a push needs before it may send any. A context manager; leaving it gives up.
+    """The work on a directory's bytes, which begins at once.
+
+    The hashes come first, since nothing can be sent without them; then the values of a 4-bit checkpoint are checked,
+    which takes as long again. Whoever sends meanwhile looks at `failed` and asks `notes` before publishing.
 
     Args:
         contents: what the directory holds.
-        threads: workers of each of the two; all CPUs of the process by default.
-        progress: called from the workers, under a lock.
+        threads: workers; all CPUs of the process by default.
+        progress: called from the workers, under a lock, until `leave_the_screen`.
         allow_base_mismatch: accept an adapter though the base that it names is another one by now.
     """
 
@@ -34,51 +35,104 @@ class Examination:
         *,
         allow_base_mismatch: bool,
     ) -> None:
+        self.failed = threading.Event()
         self._contents = contents
         self._threads = threads or native.default_threads()
+        self._progress = progress
+        self._allow_base_mismatch = allow_base_mismatch
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="qlf")  # each reads what the other has just read
-        self._hashes = self._pool.submit(hash_files, contents.files, self._threads, self._stop)
-        self._check = partial(
-            require_sound, contents, threads, progress, allow_base_mismatch=allow_base_mismatch, stop=self._stop
-        )
-        # An adapter's base is looked for on the hub, which is the main thread's to ask (see quiet_client).
+        self._structure: Future[None] = Future()
+        self._hashing = ThreadPoolExecutor(self._threads, thread_name_prefix="qlf")  # in the order of sending
+        self._hashes = {file: self._hashing.submit(self._hash, file) for file in contents.files}
+        self._first_hashes = list(self._hashes.values())
+        self._checking = ThreadPoolExecutor(1, thread_name_prefix="qlf")
+        # An adapter is small, and its base is looked for on the hub, which is the main thread's to ask.
         self._notes: Future[tuple[str, ...]] | None = (
-            None if contents.kind == "adapter" else self._pool.submit(self._check)
+            None if contents.kind == "adapter" else self._checking.submit(self._examine)
         )
+        self._checking.shutdown(wait=False)  # it ends with what was given to it
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def cancel(self) -> None:
+        """Give up, and wait for the threads."""
         self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._hashing.shutdown()  # not by cancelling: whoever waits for a hash would wait for ever
+        self._checking.shutdown()
 
-    def notes(self) -> tuple[str, ...]:
-        """Wait for the check: what is worth knowing about a sound directory.
+    def leave_the_screen(self) -> None:
+        """Report no progress from now on."""
+        self._progress = None
+
+    def structure(self) -> None:
+        """Wait for what can be checked without reading the weights' bytes; all of it, of an adapter.
 
         Raises:
             QlfError: it is not sound.
         """
-        return self._check() if self._notes is None else self._notes.result()
+        if self._notes is None:
+            self._notes = Future()
+            self._notes.set_result(self._check())
+            self._structure.set_result(None)
+        self._structure.result()
 
-    def hashes(self, contents: Contents, written: Container[str]) -> dict[str, str]:
-        """Wait for the sha256 of each file by name.
+    def notes(self) -> tuple[str, ...]:
+        """Wait for the whole check: what is worth knowing about a sound directory.
+
+        Raises:
+            QlfError: it is not sound.
+        """
+        self.structure()
+        return self._notes.result() if self._notes is not None else ()  # never None after structure()
+
+    def hashes(self, contents: Contents, written: Container[str]) -> dict[str, Future[str]]:
+        """The sha256 of each file by name, as they become known.
 
         Args:
             contents: what the directory holds by now.
             written: names of files that may have been written since the start.
 
         Raises:
-            OSError: a file cannot be read.
-            QlfError: another file has changed, so what was checked is not what would be published.
+            QlfError: another file has changed, so what is checked is not what would be published.
         """
-        found = self._hashes.result()
-        before = set(self._contents.files)
-        later = [file for file in contents.files if file not in before]
-        for file in later:
+        for file in contents.files:
+            if file in self._hashes:
+                continue
             if file.name not in written:
                 raise QlfError(f"{file.name} changed while it was being checked; nothing was published: run it again")
-        return {**found, **hash_files(later, self._threads, self._stop)}
+            self._hashes[file] = self._hashing.submit(self._hash, file)
+        self._hashing.shutdown(wait=False)
+        return {file.name: self._hashes[file] for file in contents.files}
+
+    def _hash(self, file: LocalFile) -> str:
+        return hash_file(file.path, self._stop)[1]
+
+    def _examine(self) -> tuple[str, ...]:
+        """On a thread."""
+        try:
+            found = self._check(self._before_the_values)
+            if not self._structure.done():
+                self._structure.set_result(None)
+        except BaseException as error:
+            self.failed.set()
+            if not self._structure.done():
+                self._structure.set_exception(error)
+            raise
+        return found
+
+    def _check(self, structure_is_sound: Callable[[], None] | None = None) -> tuple[str, ...]:
+        return require_sound(
+            self._contents,
+            self._threads,
+            self._report,
+            allow_base_mismatch=self._allow_base_mismatch,
+            stop=self._stop,
+            structure_is_sound=structure_is_sound,
+        )
+
+    def _before_the_values(self) -> None:
+        self._structure.set_result(None)
+        wait(self._first_hashes)
+
+    def _report(self, now: Progress) -> None:
+        progress = self._progress
+        if progress is not None:
+            progress(now)

@@ -77,7 +77,7 @@ class Fetch:
         self._wanted = wanted
         self._stop = threading.Event()
         total = sum(file.size for file in wanted.values())
-        self._meter = ProgressMeter(progress, len(wanted), total, "fetching")
+        self._meter = ProgressMeter(progress, len(wanted), total, "fetching", "files")
         place = directory / CACHE
         self._transfers = {
             path: Transfer(client, name, commit, file, place, self._stop, self._meter.add)

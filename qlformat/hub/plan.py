@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,17 @@ class PlannedFile:
     """A file of the new state; `sent` is False when the repository holds it already."""
 
     local: LocalFile
-    sha256: str
+    hashed: Future[str]
     sent: bool
+
+    @property
+    def sha256(self) -> str:
+        """Of its bytes; waits until it is known.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        return self.hashed.result()
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -52,8 +62,8 @@ class Plan:
         return not self.to_send and not self.removed
 
 
-def make_plan(contents: Contents, hashes: Mapping[str, str], state: RemoteState | None) -> Plan:
-    """Compare a directory with a repository by size and content hash."""
+def make_plan(contents: Contents, hashes: Mapping[str, Future[str]], state: RemoteState | None) -> Plan:
+    """Compare a directory with a repository by size and content hash; waits for the hash where the size is equal."""
     remote: Mapping[str, RemoteFile] = state.files if state is not None else {}
     files = tuple(
         PlannedFile(local, hashes[local.name], not _there(local, hashes[local.name], remote))
@@ -80,6 +90,8 @@ def differences(plan: Plan, state: RemoteState) -> list[str]:
     return found + [f"{name} is still there" for name in plan.removed if name in state.files]
 
 
-def _there(local: LocalFile, sha256: str, remote: Mapping[str, RemoteFile]) -> bool:
+def _there(local: LocalFile, hashed: Future[str], remote: Mapping[str, RemoteFile]) -> bool:
     found = remote.get(local.name)
-    return found is not None and equals(local.path, local.size, sha256, found)
+    if found is None or found.size != local.size:
+        return False
+    return equals(local.path, local.size, hashed.result(), found)

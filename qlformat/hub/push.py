@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,21 +98,30 @@ class PushReport:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A verified directory and what of it is to be sent where. `send` does it."""
+    """A directory and what of it is to be sent where. `send` does it.
+
+    Its structure was verified; the values of its weights still are, by threads of the examination.
+    """
 
     client: HubClient
     repo_id: str
     options: PushOptions
     contents: Contents
-    hashes: dict[str, str]
+    hashes: Mapping[str, Future[str]]
     state: RemoteState | None
     new_branch: bool
     plan: Plan
     notes: tuple[str, ...]
+    examination: Examination
+    progress: Callable[[Progress], None] | None
     started: float = field(default_factory=time.monotonic)
 
     def report(self, commit: str | None = None, url: str | None = None, plan: Plan | None = None) -> PushReport:
-        """What is, or was, done; without a commit, of a dry run."""
+        """What is, or was, done; without a commit, of a dry run. Waits for the verification.
+
+        Raises:
+            QlfError: the directory is not sound.
+        """
         return PushReport(
             repo_id=self.repo_id,
             host=self.client.host,
@@ -122,7 +133,7 @@ class Prepared:
             tag=self.options.tag,
             created=self.state is None,
             left_out=tuple({"name": entry.name, "reason": entry.reason} for entry in self.contents.left_out),
-            notes=self.notes,
+            notes=self.notes + self.examination.notes(),
             seconds=time.monotonic() - self.started,
         )
 
@@ -136,7 +147,7 @@ def prepare(
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Prepared:
-    """Verify a directory, hash its files and compare them with the repository, where nothing is changed.
+    """Begin to verify a directory, hash its files and compare them with the repository, where nothing is changed.
 
     Args:
         path: directory of a 4-bit checkpoint, an adapter or a 16- or 32-bit model.
@@ -147,7 +158,7 @@ def prepare(
         progress: called from the workers, under a lock.
 
     Raises:
-        QlfError: the directory is not sound, or the hub cannot be asked or refuses.
+        QlfError: the directory's structure is not sound, or the hub cannot be asked or refuses.
     """
     started = time.monotonic()
     asked = options or PushOptions()
@@ -157,23 +168,30 @@ def prepare(
         )
     contents = read_contents(Path(path))
     examination = Examination(contents, threads, progress, allow_base_mismatch=asked.allow_base_mismatch)
-    with examination, quiet_client():  # its threads are at work: the client's library takes half a second to import
-        name = _plain_name(repo_id)
-        client = HubClient(asked.endpoint)
-        state, new_branch = _remote(client, name, asked)
-        notes = _card(client, Path(path), name, asked, state, dry=dry) if asked.card else ()
-        contents = read_contents(Path(path))
-        notes += examination.notes()
-        hashes = examination.hashes(contents, CARD_FILES)
-    plan = make_plan(contents, hashes, state)
-    return Prepared(client, name, asked, contents, hashes, state, new_branch, plan, notes, started)
+    try:
+        with quiet_client():  # the threads are at work: the client's library takes half a second to import
+            name = _plain_name(repo_id)
+            client = HubClient(asked.endpoint)
+            state, new_branch = _remote(client, name, asked)
+            notes = _card(client, Path(path), name, asked, state, dry=dry) if asked.card else ()
+            contents = read_contents(Path(path))
+            examination.structure()
+            hashes = examination.hashes(contents, CARD_FILES)
+        plan = make_plan(contents, hashes, state)
+    except BaseException:
+        examination.cancel()
+        raise
+    return Prepared(
+        client, name, asked, contents, hashes, state, new_branch, plan, notes, examination, progress, started
+    )
 
 
 def send(prepared: Prepared) -> PushReport:
     """Publish what was prepared.
 
     The weights are sent first, by their content: nobody sees them, and what arrived is not sent again by a later run.
-    One commit on the parent that was compared with then shows everything at once. A commit whose files have other
+    Where their values turn out not to be sound, sending ends. One commit on the parent that was compared with then
+    shows everything at once. A commit whose files have other
     hashes than those verified is taken back.
 
     Raises:
@@ -181,24 +199,30 @@ def send(prepared: Prepared) -> PushReport:
         HubError: the hub refused or failed; the branch is what it was, unless the line says otherwise.
         QlfError: a file changed while it was being sent.
     """
-    client, repo_id, asked = prepared.client, prepared.repo_id, prepared.options
-    with quiet_client():
-        state, plan = prepared.state, prepared.plan
-        if state is None:
-            private = True if asked.private else None
-            client.call(repo_id, lambda: client.api.create_repo(repo_id, private=private, exist_ok=True))
-            state, new_branch = _remote(client, repo_id, asked)
-            plan = make_plan(prepared.contents, prepared.hashes, state)
-        else:
-            new_branch = prepared.new_branch
-        upload = Upload(client, repo_id, asked.revision, plan, new_branch=new_branch)
-        message = asked.message or f"Publish with qlformat {__version__}"
-        fingerprint = prepared.contents.fingerprint
-        description = f"Fingerprint {fingerprint}" if fingerprint else ""
-        commit, url = upload.run(message, description, create_pr=asked.create_pr)
-        if asked.tag is not None:
-            tag = asked.tag
-            client.call(repo_id, lambda: client.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+    client, repo_id, asked, state = prepared.client, prepared.repo_id, prepared.options, prepared.state
+    examination, plan, new_branch = prepared.examination, prepared.plan, prepared.new_branch
+    made = False
+    try:
+        with quiet_client():
+            if state is None:
+                made = _create(client, repo_id, asked)
+                state, new_branch = _remote(client, repo_id, asked)
+                plan = make_plan(prepared.contents, prepared.hashes, state)
+            upload = Upload(
+                client, repo_id, asked.revision, plan, examination, prepared.progress, new_branch=new_branch
+            )
+            message = asked.message or f"Publish with qlformat {__version__}"
+            fingerprint = prepared.contents.fingerprint
+            description = f"Fingerprint {fingerprint}" if fingerprint else ""
+            commit, url = upload.run(message, description, create_pr=asked.create_pr)
+            if asked.tag is not None:
+                tag = asked.tag
+                client.call(repo_id, lambda: client.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+    except BaseException as error:
+        examination.cancel()
+        if made and isinstance(error, QlfError) and examination.failed.is_set():
+            _remove_empty(client, repo_id, plan.parent)
+        raise
     return prepared.report(commit, url, plan)
 
 
@@ -212,6 +236,30 @@ def push(
 ) -> PushReport:
     """Verify a directory and publish it; see `prepare` and `send`."""
     return send(prepare(path, repo_id, options, threads=threads, progress=progress))
+
+
+def _create(client: HubClient, repo_id: str, asked: PushOptions) -> bool:
+    """Make the repository; False when somebody else has made it meanwhile."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def ask() -> bool:
+        try:
+            client.api.create_repo(repo_id, private=True if asked.private else None)
+        except HfHubHTTPError as error:
+            if error.response.status_code == 409:
+                return False
+            raise
+        return True
+
+    return client.call(repo_id, ask)
+
+
+def _remove_empty(client: HubClient, repo_id: str, commit: str | None) -> None:
+    """Remove the repository that this push has made for what is not sound; where the hub refuses, it stays, empty."""
+    with suppress(QlfError):
+        state = client.state(repo_id)
+        if state is not None and state.commit == commit:
+            client.call(repo_id, lambda: client.api.delete_repo(repo_id))
 
 
 def _plain_name(repo_id: str) -> str:

@@ -22,11 +22,13 @@ def require_sound(
     *,
     allow_base_mismatch: bool = False,
     stop: threading.Event | None = None,
+    structure_is_sound: Callable[[], None] | None = None,
 ) -> tuple[str, ...]:
     """Check a directory and return what is worth knowing about it.
 
     4-bit checkpoints and adapters are checked as by `qlf verify`, an adapter's pin included; of other models the
     structure of every file and the index. Set `stop` in another thread to give up.
+    `structure_is_sound` is called before the bytes of a 4-bit checkpoint's weights are read, which takes the longest.
 
     Raises:
         QlfError: something is wrong; the line says what.
@@ -35,7 +37,15 @@ def require_sound(
     if contents.kind == "adapter":
         found = verify_adapter(contents.path, allow_base_mismatch=allow_base_mismatch)
     elif contents.four_bit:
-        found = verify(contents.path, threads=threads, progress=progress, decode=False, stop=stop)
+
+        def on_structure(found: list[Finding]) -> None:
+            _notes(contents.path, found)
+            if structure_is_sound is not None:
+                structure_is_sound()
+
+        found = verify(
+            contents.path, threads=threads, progress=progress, decode=False, stop=stop, on_structure=on_structure
+        )
     else:
         return _check_model(contents.path)
     return _notes(contents.path, found)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qlformat.errors import QlfError
-from qlformat.hub.client import FIRST_WAIT_SECONDS, TIMEOUT_SECONDS, HubClient, RemoteState
+from qlformat.hub.client import FIRST_WAIT_SECONDS, HubClient, RemoteState
+from qlformat.hub.examination import Examination
 from qlformat.hub.plan import Plan, PlannedFile, differences
 from qlformat.hub.refusals import RETRIED, Conflict, HubError, is_unreachable, status_of
+from qlformat.hub.sending import Sending
+from qlformat.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -29,14 +31,28 @@ class Upload:
         repo_id: exists.
         revision: the branch.
         plan: what to send.
+        examination: of the files; before it has ended well nothing is published.
+        progress: called from the client's threads, under a lock.
         new_branch: make the branch, at the plan's parent, when everything has arrived.
     """
 
-    def __init__(self, client: HubClient, repo_id: str, revision: str, plan: Plan, *, new_branch: bool) -> None:
+    def __init__(
+        self,
+        client: HubClient,
+        repo_id: str,
+        revision: str,
+        plan: Plan,
+        examination: Examination,
+        progress: Callable[[Progress], None] | None,
+        *,
+        new_branch: bool,
+    ) -> None:
         self._client = client
         self._repo_id = repo_id
         self._revision = revision
         self._plan = plan
+        self._examination = examination
+        self._progress = progress
         self._new_branch = new_branch
         self._target = f"{repo_id}@{revision}"
 
@@ -51,11 +67,18 @@ class Upload:
         """
         client, plan = self._client, self._plan
         if plan.empty and plan.parent is not None:
+            self._examination.notes()
             self._make_branch()
             return plan.parent, self._url(plan.parent)
-        with ExitStack() as open_files:
-            additions = self._additions(open_files, create_pr=create_pr)
-            self._send(additions, create_pr=create_pr)
+        # A branch that is yet to be made has the files of main.
+        revision = None if self._new_branch or create_pr else self._revision
+        sending = Sending(
+            client, self._repo_id, revision, plan.to_send, self._examination, self._progress, create_pr=create_pr
+        )
+        with sending:
+            sending.run()
+            self._examination.notes()
+            additions = sending.additions
             self._check_unchanged(additions)
             self._make_branch()
             if create_pr:
@@ -68,55 +91,6 @@ class Upload:
                 url = self._url(commit)
         self._compare(commit, withdraw=not create_pr)
         return commit, url
-
-    def _additions(self, open_files: ExitStack, *, create_pr: bool) -> list[tuple[PlannedFile, CommitOperationAdd]]:
-        from huggingface_hub import CommitOperationAdd, constants
-
-        by_xet = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
-        taken = by_xet and self._takes_xet(create_pr=create_pr)
-        found = []
-        for file in self._plan.to_send:
-            addition = CommitOperationAdd(file.local.name, str(file.local.path))
-            if not taken:  # xet hashes what it sends, which is then compared; LFS hubs do on receipt
-                addition.upload_info.sha256 = bytes.fromhex(file.sha256)
-            if by_xet and not taken:  # the client sends an open file by LFS, a path always by xet
-                addition.path_or_fileobj = open_files.enter_context(file.local.path.open("rb"))
-            found.append((file, addition))
-        return found
-
-    def _takes_xet(self, *, create_pr: bool) -> bool:
-        """Whether the hub takes xet from here; the client itself never falls back to LFS."""
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but without __all__
-            build_hf_headers,
-            get_session,
-            hf_raise_for_status,
-        )
-
-        url = f"{self._client.api.endpoint}/api/models/{self._repo_id}/xet-write-token/main"
-
-        def ask() -> bool:
-            parameters = {"create_pr": "1"} if create_pr else None
-            response = get_session().get(url, headers=build_hf_headers(), params=parameters, timeout=TIMEOUT_SECONDS)
-            if response.status_code == 404:
-                return False
-            hf_raise_for_status(response)
-            return True
-
-        return self._client.call(self._target, ask)
-
-    def _send(self, additions: list[tuple[PlannedFile, CommitOperationAdd]], *, create_pr: bool) -> None:
-        """Send the large files, weights first, to where only their content names them; the commit brings the others."""
-        # A branch that is yet to be made has the files of main.
-        revision = None if self._new_branch or create_pr else self._revision
-        batch = [addition for _, addition in additions]  # in the plan's order
-        if batch:
-            self._client.call(
-                self._target,
-                lambda: self._client.api.preupload_lfs_files(
-                    self._repo_id, batch, revision=revision, create_pr=create_pr, free_memory=False
-                ),
-                tries=1,  # the client tries each request again itself
-            )
 
     def _check_unchanged(self, additions: list[tuple[PlannedFile, CommitOperationAdd]]) -> None:
         for file, addition in additions:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
@@ -18,6 +20,8 @@ from qlformat.hub import examination
 from qlformat.hub.pull import pull
 from qlformat.hub.push import PushOptions, prepare, push, send
 from qlformat.hub.refusals import Conflict
+from qlformat.hub.sending import SentFile
+from qlformat.progress import Progress, ProgressMeter
 from qlformat.workers import Stopped
 from tests.builders import build_checkpoint, flip_bit
 from tests.faulty_hub import Answer, FaultyHub, Lost, Request
@@ -37,6 +41,15 @@ def remote_bytes(api: HfApi, repo_id: str, place: Path, revision: str | None = N
 
 def head(api: HfApi, repo_id: str) -> str:
     return str(api.model_info(repo_id).sha)
+
+
+def in_weight(shard: Path) -> int:
+    """Where in a shard the values of a quantized weight are."""
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    name = next(name for name, entry in header.items() if name.endswith("proj.weight") and entry["dtype"] == "U8")
+    return 8 + length + int(header[name]["data_offsets"][0])
 
 
 def refusal(path: Path, repo_id: str, options: PushOptions | None = None) -> str:
@@ -288,7 +301,53 @@ def test_what_verify_refuses_is_not_published(proxy: FaultyHub, base: Path, tmp_
     assert "found nothing, needed the directory" in refusal(tmp_path / "gone", "lab/unsound")
     with pytest.raises(RepositoryNotFoundError):
         api.model_info("lab/unsound")
-    assert proxy.puts() == []
+    assert proxy.commits() == 0
+
+
+def test_values_that_turn_out_unsound_while_files_are_sent(
+    proxy: FaultyHub, base: Path, tmp_path: Path, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_its_way, real = threading.Event(), examination.require_sound
+
+    def late(*args: Any, structure_is_sound: Callable[[], None], **more: Any) -> tuple[str, ...]:
+        def then() -> None:
+            structure_is_sound()
+            assert on_its_way.wait(60)
+
+        return real(*args, structure_is_sound=then, **more)
+
+    def sent(request: Request) -> None:
+        if request.method == "PUT":
+            on_its_way.set()
+
+    flip_bit(base / SHARDS[0], in_weight(base / SHARDS[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(examination, "require_sound", late)
+        proxy.before = sent
+        assert "is not sound: [" in refusal(base, "lab/late")
+        assert proxy.puts() != [] and proxy.commits() == 0
+        with pytest.raises(RepositoryNotFoundError):  # it had been made for this push
+            api.model_info("lab/late")
+    build_checkpoint(tmp_path / "sound")
+    push(tmp_path / "sound", "lab/late")
+    first = head(api, "lab/late")
+    assert "is not sound: [" in refusal(base, "lab/late")
+    assert head(api, "lab/late") == first
+
+
+def test_a_file_is_read_until_it_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(200)))
+    seen: list[Progress] = []
+    given_up = False
+    with SentFile(tmp_path / "file", lambda: given_up, ProgressMeter(seen.append, 1, 200, "sending", "files")) as file:
+        assert file.read(150) == bytes(range(150))
+        file.seek(0)  # a further try
+        assert file.read(100) + file.read(1000) == bytes(range(200))
+        assert (seen[-1].bytes_done, seen[-1].tensors_done, seen[-1].unit) == (200, 1, "files")
+        given_up = True
+        file.seek(0)
+        with pytest.raises(Stopped):
+            file.read(1)
 
 
 def test_a_16_bit_model_and_its_index(proxy: FaultyHub, tmp_path: Path) -> None:
