@@ -61,6 +61,7 @@ def run_process(command: Sequence[str | Path]) -> Usage:
     benchmark that reports memory must itself stay small: it imports neither numpy nor torch.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip leaves byte code; a checkout gets its own in the first run
     start = time.perf_counter()
     process = subprocess.Popen(
         [str(word) for word in command],

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 PATH is the directory of a 4-bit checkpoint, an adapter or a merged model. It is
-checked as by `qlf verify` first, and only what is sound is sent.
+checked as by `qlf verify`, and only what is sound is published.
 \b
-The weights are sent first; one commit then shows everything at once. Files that
-are there already are not sent again, so an interrupted push is run again. When
-somebody else changed the branch meanwhile, nothing is overwritten.
+The weights are sent first; one commit then shows everything at once, when all is
+checked. Files that are there already are not sent again, so an interrupted push
+is run again. When somebody else changed the branch, nothing is overwritten.
 \b
 The token is that of HF_TOKEN or of `hf auth login`.
 \b
@@ -107,7 +107,8 @@ def _tell(report: PushReport, dry_run: bool) -> None:
         )
     else:
         output.line(f"{'Published' if sent or report.plan.removed else 'Nothing new:'} {where}", bold=True)
-    output.line(f"  sent     {len(sent)} of {len(files)} files, {output.size(report.plan.bytes_to_send)}")
+    label = "to send" if dry_run else "sent"
+    output.line(f"  {label:<8} {len(sent)} of {len(files)} files, {output.size(report.plan.bytes_to_send)}")
     if report.plan.removed:
         output.line(f"  removed  {', '.join(report.plan.removed)}")
     if report.left_out:
