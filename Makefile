@@ -25,7 +25,7 @@ demo: $(STAMP) ## Convert a real model, verify it, let plain transformers answer
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP) ## Run every test, JOBS at a time
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 $(VENV)/.qlformat-lint: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt ruff mypy clang-format

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from qlformat import manifest
 from qlformat.checkpoint import Checkpoint
+from qlformat.file_names import CARD, CARD_PICTURE, MERGE_PICTURE, MERGE_REPORT
 from qlformat.stored import CONFIG_NAME
-
-CARD = "README.md"
-CARD_PICTURE = "quantization-error.png"
-MERGE_REPORT = "merge_report.json"
-MERGE_PICTURE = "merge_report.svg"
 
 DESCRIPTIONS = frozenset((CARD, CARD_PICTURE, MERGE_REPORT, MERGE_PICTURE, CONFIG_NAME, manifest.FILE_NAME))
 """Files about one model, which would be wrong about another."""

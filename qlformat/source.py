@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 
 from qlformat import repository
 from qlformat.errors import FormatError, SourceError
+from qlformat.file_names import MERGE_REPORT
 from qlformat.layout import split_companion, strict_json
 from qlformat.shards import ShardReader, TensorInfo
 
@@ -24,7 +25,7 @@ TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe", ".vocab"}
 _CARRIED_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
-_NOT_CARRIED = {"config.json", "qlf.json", "merge_report.json", "adapter_config.json", "quantize_config.json"}
+_NOT_CARRIED = {"config.json", "qlf.json", MERGE_REPORT, "adapter_config.json", "quantize_config.json"}
 _FOREIGN_SUFFIXES = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".SCB", ".weight_packed", ".g_idx")
 _MAX_CONFIG_BYTES = 64 << 20
 

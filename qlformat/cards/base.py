@@ -9,7 +9,7 @@ from typing import Any
 from qlformat import manifest, repository
 from qlformat.cards import content, picture, snippets
 from qlformat.cards.content import Content, Inherited, code, section, table
-from qlformat.carried import CARD_PICTURE
+from qlformat.file_names import CARD_PICTURE
 from qlformat.layout import Recipe
 from qlformat.manifest import Manifest
 from qlformat.summary import Summary, summarize

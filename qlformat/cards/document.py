@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlformat.carried import CARD
 from qlformat.errors import QlfError
+from qlformat.file_names import CARD
 
 MAX_BYTES = 4 << 20
 """Limit for a card; the Hub shows none of more than some 200 kB."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlformat.cards import base, content, picture, snippets
 from qlformat.cards.content import Content, Inherited, code, section, table
-from qlformat.carried import MERGE_PICTURE, MERGE_REPORT
+from qlformat.file_names import MERGE_PICTURE, MERGE_REPORT
 from qlformat.source import is_repo_id
 from qlformat.summary import summarize
 

@@ -9,8 +9,8 @@ from typing import Any
 from qlformat import remote
 from qlformat.cards import document
 from qlformat.cards.content import Inherited
-from qlformat.carried import CARD
 from qlformat.errors import QlfError
+from qlformat.file_names import CARD
 
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 

@@ -12,8 +12,8 @@ from qlformat import adapter as adapters
 from qlformat.cards import adapter, base, content, document, merged, metadata, picture
 from qlformat.cards.content import Content, Inherited
 from qlformat.cards.document import Document
-from qlformat.carried import CARD, CARD_PICTURE, MERGE_REPORT
 from qlformat.errors import QlfError
+from qlformat.file_names import CARD, CARD_PICTURE, MERGE_REPORT
 from qlformat.staging import target_error
 
 _PAIRED = {"base_model_relation": "base_model", "license_name": "license", "license_link": "license"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import qlformat
 from qlformat import cards, manifest
 from qlformat.adapter import CONFIG_NAME, AdapterManifest, BasePin, file_entries
-from qlformat.carried import CARD
+from qlformat.file_names import CARD
 from qlformat.finetune import checkpointing, fixed_part, metrics
 
 if TYPE_CHECKING:

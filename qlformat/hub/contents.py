@@ -11,8 +11,8 @@ from typing import Literal
 
 from qlformat import manifest, repository
 from qlformat.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from qlformat.carried import CARD, CARD_PICTURE, MERGE_REPORT
 from qlformat.errors import FormatError, QlfError
+from qlformat.file_names import CARD, CARD_PICTURE, MERGE_REPORT
 from qlformat.hub.client import RemoteFile
 from qlformat.layout import strict_json
 from qlformat.stored import CONFIG_NAME

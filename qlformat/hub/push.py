@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qlformat import __version__
-from qlformat.carried import CARD
 from qlformat.errors import QlfError
+from qlformat.file_names import CARD
 from qlformat.hub.client import HubClient, RemoteState, parse_repo_id, quiet_client
 from qlformat.hub.contents import CARD_FILES, Contents, read_contents
 from qlformat.hub.examination import Examination

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlformat import __version__, native
+from qlformat import __version__, native, remote
 from qlformat.adapter import WEIGHTS_NAME
-from qlformat.carried import MERGE_PICTURE, MERGE_REPORT
 from qlformat.errors import FormatError, QlfError, SourceError, TargetError
+from qlformat.file_names import MERGE_PICTURE, MERGE_REPORT
 from qlformat.layout import Recipe
 from qlformat.merge import combined_adapter, compatibility, figures, matching, options, planning, retention
 from qlformat.merge.adapter_files import AdapterFiles, open_adapter, told_apart
@@ -25,6 +25,7 @@ from qlformat.merge.options import AdapterSpec, MergeOptions
 from qlformat.merge.planning import MergePlan
 from qlformat.merge.run import Run
 from qlformat.progress import Progress
+from qlformat.source import is_repo_id
 from qlformat.staging import Staging
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def merge(
     """
     started = time.monotonic()
     options.check(asked, adapters, source, calibration, eval_data)
-    adapters = [spec.located() for spec in adapters]
+    adapters = [_located(spec) for spec in adapters]
     target = Path(out)
     _check_place(target, base, adapters, source)
     if asked.to == "adapter":
@@ -333,6 +334,13 @@ class _closing:  # noqa: N801 (reads like contextlib.closing, typed for what it 
 
     def __exit__(self, *_: object) -> None:
         self._adapter.close()
+
+
+def _located(spec: AdapterSpec) -> AdapterSpec:
+    """With a directory: a Hub repository is downloaded where needed."""
+    if spec.path.exists() or not is_repo_id(str(spec.path)):
+        return spec
+    return replace(spec, path=remote.local_directory(spec.path))
 
 
 def _check_place(out: Path, base: str | Path, adapters: Sequence[AdapterSpec], source: str | Path | None) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from qlformat import remote
 from qlformat.errors import QlfError
 from qlformat.merge.combining import DEFAULT_DENSITY, METHODS, SPARSE
-from qlformat.source import is_repo_id
 
 TARGETS = ("nf4", "bfloat16", "float16", "float32", "adapter")
 ROUNDINGS = ("nearest", "feedback")
@@ -45,16 +43,6 @@ class AdapterSpec:
         if value == 0:
             raise QlfError(f"{text}: a weight of 0 leaves the adapter out; drop it from the command")
         return cls(Path(path), value)
-
-    def located(self) -> AdapterSpec:
-        """With a directory: a Hub repository is downloaded where needed.
-
-        Raises:
-            QlfError: there is no such repository, or the hub cannot be asked.
-        """
-        if self.path.exists() or not is_repo_id(str(self.path)):
-            return self
-        return replace(self, path=remote.local_directory(self.path))
 
 
 @dataclass(frozen=True)
