@@ -46,6 +46,7 @@ LEVELS = (
         "hub_server.page_templates",
         "hub_server.refusals",
         "merge",
+        "merge.checksum",
         "progress",
         "quality",
         "rules",

@@ -13,12 +13,14 @@ from qlformat.merge.merged import MergedFile
 
 F32 = npt.NDArray[np.float32]
 
-WHOLE_ELEMENTS = 1 << 20
-"""A weight up to this size is measured as a whole, of a larger one some parts."""
-PART_ELEMENTS = 1 << 17
+WHOLE_ELEMENTS = 1 << 18
+PART_ELEMENTS = 1 << 15
 _STRIDE = 64
+"""A weight up to the first size is measured as a whole; of a larger one, one part of so many."""
+WHOLE_ELEMENTS_IN_4_BITS = 1 << 20
+PART_ELEMENTS_IN_4_BITS = 1 << 17
 _STRIDE_IN_4_BITS = 16
-"""One part of so many is measured: more of them where rounding is coarse, and the figures vary with the elements."""
+"""More of them where rounding is coarse, and the figures vary with the elements."""
 _STEP_ELEMENTS = 1 << 15
 _STRETCH = 1 << 12
 
@@ -48,9 +50,15 @@ class Kept:
 
 def parts(elements: int, *, four_bit: bool) -> Iterator[tuple[int, int]]:
     """(first, last) of the parts of a weight to compare; each begins a block of every size."""
-    stride = 1 if elements <= WHOLE_ELEMENTS else _STRIDE_IN_4_BITS if four_bit else _STRIDE
-    for first in range(0, elements, PART_ELEMENTS * stride):
-        yield first, min(first + PART_ELEMENTS, elements)
+    whole, part, stride = (
+        (WHOLE_ELEMENTS_IN_4_BITS, PART_ELEMENTS_IN_4_BITS, _STRIDE_IN_4_BITS)
+        if four_bit
+        else (WHOLE_ELEMENTS, PART_ELEMENTS, _STRIDE)
+    )
+    if elements <= whole:
+        stride = 1
+    for first in range(0, elements, part * stride):
+        yield first, min(first + part, elements)
 
 
 class Sums:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlformat import __version__, codec
-from qlformat.hashing import Crc32, hash_file
+from qlformat.hashing import hash_file
 from qlformat.journal import Journal, StoredWeight
 from qlformat.manifest import FILE_NAME as MANIFEST_NAME
 from qlformat.manifest import FileEntry, Manifest, TensorEntry, WeightEntry, fingerprint
 from qlformat.manifest import Source as SourceEntry
 from qlformat.merge.base import Base
+from qlformat.merge.checksum import PageSums
 from qlformat.merge.direct_shard import DirectShardWriter
 from qlformat.merge.figures import Kept, Sums, pieces
 from qlformat.merge.merged import MergedFile
@@ -82,7 +83,9 @@ class Run:
         self._writers = [
             writer(directory / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
         ]
-        digest = Crc32 if plan.quantized is None else hashlib.sha256  # without a manifest they are for --resume alone
+        digest = (
+            PageSums if plan.quantized is None else hashlib.sha256
+        )  # without a manifest they are for --resume alone
         self._stream = MergedStream(directory, self._writers, self._meter, plan.dtypes, digest)
         self._lock = threading.Lock()
         self._pending = Counter(item.shard for item in plan.items)
