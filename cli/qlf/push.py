@@ -19,9 +19,9 @@ EPILOG = """\b
 PATH is the directory of a 4-bit checkpoint, an adapter or a merged model. It is
 checked as by `qlf verify`, and only what is sound is published.
 \b
-The weights are sent first; one commit then shows everything at once, when all is
-checked. Files that are there already are not sent again, so an interrupted push
-is run again. When somebody else changed the branch, nothing is overwritten.
+The weights are sent first; one commit then shows everything at once, when all
+is checked. Files that are there already are not sent again, so an interrupted
+push is run again. When somebody else changed the branch, nothing is overwritten.
 \b
 The token is that of HF_TOKEN or of `hf auth login`.
 \b
