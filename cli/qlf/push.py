@@ -21,7 +21,8 @@ checked as by `qlf verify`, and only what is sound is published.
 \b
 The weights are sent first; one commit then shows everything at once, when all
 is checked. Files that are there already are not sent again, so an interrupted
-push is run again. When somebody else changed the branch, nothing is overwritten.
+push is run again. Where somebody else changed the branch, nothing is
+overwritten.
 \b
 The token is that of HF_TOKEN or of `hf auth login`.
 \b
