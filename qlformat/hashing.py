@@ -29,14 +29,14 @@ class FileHasher:
     once. One thread hashes at a time; others do not wait for it.
     """
 
-    def __init__(self, path: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._digest = hashlib.sha256()
         self._position = 0
         self._frontier = 0
-        self._buffer = memoryview(bytearray(chunk_bytes))  # one for all reads: fresh memory costs page faults
+        self._buffer = memoryview(bytearray(CHUNK_BYTES))  # one for all reads: fresh memory costs page faults
         self._busy = threading.Lock()
 
     def advance(self, frontier: int) -> None:
@@ -72,7 +72,7 @@ class FileHasher:
 
 def hash_file(path: Path, stop: threading.Event | None = None) -> tuple[int, str]:
     """(size in bytes, hexadecimal sha256) of a file; the hash is of no use once `stop` is set."""
-    hasher = FileHasher(path, 4 << 20)
+    hasher = FileHasher(path)
     try:
         return hasher.size, hasher.finish(stop)
     finally:

@@ -46,10 +46,11 @@ class Examination:
         self._hashes = {file: self._hashing.submit(self._hash, file) for file in contents.files}
         self._first_hashes = list(self._hashes.values())
         self._checking = ThreadPoolExecutor(1, thread_name_prefix="qlf")
+        self._notes: Future[tuple[str, ...]] = Future()
         # An adapter is small, and its base is looked for on the hub, which is the main thread's to ask.
-        self._notes: Future[tuple[str, ...]] | None = (
-            None if contents.kind == "adapter" else self._checking.submit(self._examine)
-        )
+        self._waits = contents.kind == "adapter"
+        if not self._waits:
+            self._notes = self._checking.submit(self._examine)
         self._checking.shutdown(wait=False)  # it ends with what was given to it
 
     def cancel(self) -> None:
@@ -68,8 +69,7 @@ class Examination:
         Raises:
             QlfError: it is not sound.
         """
-        if self._notes is None:
-            self._notes = Future()
+        if self._waits and not self._structure.done():
             self._notes.set_result(self._check())
             self._structure.set_result(None)
         self._structure.result()
@@ -81,7 +81,7 @@ class Examination:
             QlfError: it is not sound.
         """
         self.structure()
-        return self._notes.result() if self._notes is not None else ()  # never None after structure()
+        return self._notes.result()
 
     def hashes(self, contents: Contents, written: Container[str]) -> dict[str, Future[str]]:
         """The sha256 of each file by name, as they become known.

@@ -191,8 +191,7 @@ def send(prepared: Prepared) -> PushReport:
 
     The weights are sent first, by their content: nobody sees them, and what arrived is not sent again by a later run.
     Where their values turn out not to be sound, sending ends. One commit on the parent that was compared with then
-    shows everything at once. A commit whose files have other
-    hashes than those verified is taken back.
+    shows everything at once. A commit whose files have other hashes than those verified is taken back.
 
     Raises:
         Conflict: the branch has moved since; nothing was overwritten.

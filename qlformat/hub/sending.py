@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from qlformat.errors import QlfError
 from qlformat.hub.client import TIMEOUT_SECONDS, HubClient, without_bars
 from qlformat.hub.contents import is_weights
 from qlformat.hub.examination import Examination
@@ -91,6 +92,7 @@ class Sending:
     ) -> None:
         self._client = client
         self._repo_id = repo_id
+        self._target = f"{repo_id}@{revision}" if revision else repo_id
         self._revision = revision
         self._examination = examination
         self._progress = progress
@@ -135,11 +137,16 @@ class Sending:
             addition.upload_info.sha256 = bytes.fromhex(file.sha256)
         if self._given_up():
             raise Stopped
-        self._preupload([addition for _, addition in batch])
+        try:
+            self._preupload([addition for _, addition in batch])
+        except QlfError:
+            if self._given_up():  # the client has an error of its own for a file that cannot be read on
+                raise Stopped from None
+            raise
 
     def _preupload(self, additions: list[CommitOperationAdd]) -> None:
         self._client.call(
-            self._repo_id,
+            self._target,
             lambda: self._client.api.preupload_lfs_files(
                 self._repo_id, additions, revision=self._revision, create_pr=self._create_pr, free_memory=False
             ),
@@ -179,4 +186,4 @@ class Sending:
             hf_raise_for_status(response)
             return True
 
-        return self._client.call(self._repo_id, ask)
+        return self._client.call(self._target, ask)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat import codec, native, native_merge, remote, repository
-from qlformat.carried import DESCRIPTIONS, carried_names
+from qlformat.carried import carried_names
 from qlformat.casting import cast_into
 from qlformat.checkpoint import FLOAT_DTYPES, NUMPY_DTYPES, AnyArray, Checkpoint
 from qlformat.errors import QlfError
@@ -150,7 +150,7 @@ class PlainBase(Base):
         self.path = source.directory
         self.config = dict(source.config)
         self.repo_id, self.revision = source.repo_id, source.revision
-        self.carried = [entry for entry in source.carried if entry[0] not in DESCRIPTIONS]
+        self.carried = source.carried
         self.weights = {}
         for tensor in source.tensors.values():
             dtype = TORCH_NAMES.get(tensor.dtype)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from qlf.progress import Log
+from qlf.progress import Bar, Log
 
 from qlformat import native
-from qlformat.progress import Progress
+from qlformat.progress import HIDDEN, Progress
 from tests.cli.conftest import Run
 
 # A tiny model is done before a bar is due; here it is due at once.
@@ -136,3 +136,25 @@ def test_log_without_bytes_or_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 11.0
     log.update(Progress("pha\x1bse", 0, 0, 0, 0))
     assert stream.getvalue() == "qlf: pha\\x1bse: 0/0 tensors, 0 %\n"
+
+
+def test_what_is_hidden_leaves_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: True)
+    stream = io.StringIO()
+    log = Log(stream, every=0.0)
+    log.update(HIDDEN)
+    assert stream.getvalue() == ""
+    log.update(Progress("sending", 1, 8, 5, 10, "files"))
+    assert "qlf: sending: 1/8 files, 50.0 %" in stream.getvalue()
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("qlf.progress.BAR_AFTER", 0.0)
+    bar = Bar()
+    bar.update(Progress("sending", 1, 8, 5, 10, "files"))
+    assert bar._drawn is not None and bar._drawn.live.is_started
+    drawn = bar._drawn
+    bar.update(HIDDEN)
+    assert bar._drawn is None and not drawn.live.is_started
+    bar.update(Progress("sending", 2, 8, 6, 10, "files"))  # and comes back
+    assert bar._drawn is not None
+    bar.close()

@@ -335,6 +335,39 @@ def test_values_that_turn_out_unsound_while_files_are_sent(
     assert head(api, "lab/late") == first
 
 
+def test_a_repository_that_a_hub_keeps_does_not_hide_what_is_wrong(
+    proxy: FaultyHub, base: Path, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_bit(base / SHARDS[0], in_weight(base / SHARDS[0]))
+    real = examination.require_sound
+
+    def late(*args: Any, structure_is_sound: Callable[[], None], **more: Any) -> tuple[str, ...]:
+        def then() -> None:
+            structure_is_sound()
+            assert made.wait(60)
+
+        return real(*args, structure_is_sound=then, **more)
+
+    def refuse(request: Request) -> Answer | None:
+        if request.path.startswith("/objects/batch") or "/info/lfs/" in request.path:  # the next thing after making it
+            made.set()
+        return Answer(403) if request.method == "DELETE" else None
+
+    made = threading.Event()
+    monkeypatch.setattr(examination, "require_sound", late)
+    proxy.before = refuse
+    assert "is not sound: [" in refusal(base, "lab/kept")
+    assert any(method == "DELETE" for method, _ in proxy.requests)
+    assert set(api.list_repo_files("lab/kept")) <= {".gitattributes"}
+
+
+def test_a_repository_that_somebody_made_meanwhile_is_used(proxy: FaultyHub, base: Path, api: HfApi) -> None:
+    prepared = prepare(base, "lab/meanwhile")
+    api.create_repo("lab/meanwhile")
+    report = send(prepared)
+    assert report.commit == head(api, "lab/meanwhile") and proxy.commits() == 1
+
+
 def test_a_file_is_read_until_it_is_given_up(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(range(200)))
     seen: list[Progress] = []

@@ -115,7 +115,8 @@ def test_what_is_carried_over(tmp_path: Path) -> None:
         (source / name).write_text("{}")
     (source / "code").mkdir()
     (source / "code" / "helper.py").write_text("")
-    for name in ("README.md", "training_args.bin", "optimizer.pt", "pytorch_model.bin.index.json", ".hidden.json"):
+    about_it = ("README.md", "quantization-error.png", "merge_report.json", "merge_report.svg")
+    for name in ("training_args.bin", "optimizer.pt", "pytorch_model.bin.index.json", ".hidden.json", *about_it):
         (source / name).write_text("{}")
     convert(source, tmp_path / "out")
     carried = {

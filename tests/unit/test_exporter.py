@@ -151,7 +151,8 @@ def test_a_config_without_dtype_gets_one(tmp_path: Path) -> None:
 
 def test_a_plain_repository_carries_what_is_no_weight(tmp_path: Path) -> None:
     build_checkpoint(tmp_path / "base", manifest=False, carried={"tokenizer.model": b"x", "LICENSE": b"y"})
-    for name in ("pytorch_model.bin", "README.md", "x.gguf", ".hidden"):
+    about_it = ("README.md", "quantization-error.png", "merge_report.json", "merge_report.svg")
+    for name in ("pytorch_model.bin", "x.gguf", ".hidden", *about_it):
         (tmp_path / "base" / name).write_text("x")
     export(tmp_path / "base", tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == ["LICENSE", "config.json", "model.safetensors", "tokenizer.model"]
