@@ -12,7 +12,7 @@ from typing import Any
 from qlformat import __version__
 from qlformat.errors import SourceError
 from qlformat.layout import SOURCE_DTYPES, QuantState, Recipe, element_count, quant_state_name
-from qlformat.selection import Selection, select
+from qlformat.selection import WITHOUT_MATRIX, Selection, select
 from qlformat.shards import TORCH_NAMES, TensorSpec
 from qlformat.source import TORCH_DTYPES, Source, SourceTensor
 
@@ -96,7 +96,8 @@ def make_plan(source: Source, recipe: Recipe, skip: Sequence[str], shard_size: i
     """Decide for every tensor and check all of them before anything is written.
 
     Raises:
-        SourceError: E2 or E3 when a tensor cannot be stored; or nothing is left to quantize.
+        SourceError: E2 or E3 when a tensor cannot be stored; a weight has no elements or no dimensions; or nothing is
+            left to quantize.
     """
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     selection = select(source.config, shapes, skip)
@@ -124,6 +125,13 @@ def _item(tensor: SourceTensor, selection: Selection, recipe: Recipe) -> Item:
         raise SourceError(
             f"found dtype {tensor.dtype}: the model is quantized already; give the 16-bit model",
             rule="E3", tensor=tensor.name, file=tensor.file,
+        )  # fmt: skip
+    if decision.reason in WITHOUT_MATRIX and tensor.name.endswith(".weight"):
+        raise SourceError(
+            f"found the shape {list(tensor.shape)}, needed a weight with elements; a checkpoint saved from parts on "
+            "several devices (DeepSpeed ZeRO-3, FSDP) may lack them: gather them before saving, or leave this one as "
+            f"it is with --skip {tensor.name}",
+            tensor=tensor.name, file=tensor.file,
         )  # fmt: skip
     if not decision.quantize:
         spec = TensorSpec(tensor.name, tensor.dtype, tensor.shape)

@@ -17,6 +17,9 @@ from typing import Any
 
 from qlformat.architectures import QUANTIZED, Model, entry_pattern
 
+WITHOUT_MATRIX = frozenset({"scalar", "empty"})
+"""Reasons of tensors that no layer can have as its weight."""
+
 UNPACKS_EXPERTS = (
     "transformers replaces the fused experts of this model by one linear layer each when it loads a 4-bit checkpoint, "
     "so it cannot load those that stay fused: use a source that stores its experts one by one"
@@ -73,7 +76,7 @@ def select(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], ski
         aliases = (name, name.removesuffix(".weight"), module)
         hits = {glob for glob, regex in globs.items() if any(regex.match(alias) for alias in aliases)}
         unused -= hits
-        if hits and reason in QUANTIZED:
+        if hits and reason in {*QUANTIZED, *WITHOUT_MATRIX}:
             reason = "skip-pattern"
         decisions[name] = Decision(name, reason in QUANTIZED, reason == "conv1d", reason)
         if reason in QUANTIZED:

@@ -197,13 +197,7 @@ def _read_config(source: Source) -> None:
     try:
         path = repository.resolve_file(source.directory, "config.json")
     except FormatError:
-        others = sorted(p.name for p in source.directory.glob("*.gguf"))
-        if others:
-            raise SourceError(
-                "found GGUF files, needed safetensors; get the 16-bit repository of the model",
-                rule="E4",
-                file=others[0],
-            ) from None
+        _refuse_gguf(source)
         if (source.directory / "adapter_config.json").exists():
             raise SourceError(
                 "found an adapter without its base; give the base model", rule="E4", file="adapter_config.json"
@@ -224,6 +218,15 @@ def _read_config(source: Source) -> None:
     source.config = config
 
 
+def _refuse_gguf(source: Source) -> None:
+    """For a directory without weights that could be read."""
+    others = sorted(path.name for path in source.directory.glob("*.gguf"))
+    if others:
+        raise SourceError(
+            "found GGUF files, needed safetensors; get the 16-bit repository of the model", rule="E4", file=others[0]
+        ) from None
+
+
 def _open_weights(source: Source, names: list[str] | None) -> None:
     """Open the named files, or the safetensors of the directory, or else its .bin files."""
     if names:
@@ -237,7 +240,10 @@ def _open_weights(source: Source, names: list[str] | None) -> None:
         found = repository.weight_files(source.directory)
     except FormatError as error:
         torch_names = {p.name for p in source.directory.glob("pytorch_model*.bin*")}
-        if error.rule != "R1" or not torch_names or any(source.directory.glob("*.safetensors*")):
+        if error.rule != "R1" or any(source.directory.glob("*.safetensors*")):
+            raise
+        if not torch_names:
+            _refuse_gguf(source)
             raise
         found = repository.weight_files(source.directory, stem="pytorch_model", suffix=".bin")
     placed = {name: source.add_file(name) for name in found.names}

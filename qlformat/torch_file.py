@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,14 +83,16 @@ def _load(path: Path, name: str) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the legacy format before torch 1.6 cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's advice on pickles is for those who write them
+            warnings.simplefilter("ignore")
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the legacy format before torch 1.6 cannot be mapped
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:160]
         raise SourceError(
-            f"refused: it does not load with weights_only ({reason}); convert it to safetensors where you trust it",
+            f"refused: it does not load with weights_only ({_refused(str(error))}); "
+            "convert it to safetensors where you trust it",
             rule="E4",
             file=name,
         ) from None
@@ -104,3 +108,13 @@ def _load(path: Path, name: str) -> dict[str, torch.Tensor]:
     ):
         raise SourceError("found something else than a mapping of names to tensors", rule="E4", file=name)
     return {key: value.detach() for key, value in loaded.items()}
+
+
+def _refused(message: str) -> str:
+    """What torch refused, from its message of several paragraphs."""
+    code = re.search(r"GLOBAL ([\w.]+)", message)
+    if code:
+        return f"it calls {code[1][:100]}"
+    lines = [line.strip() for line in message.split("\n") if line.strip()]
+    reasons = [line for line in lines if line.startswith("Unsupported")] or lines or ["no reason given"]
+    return reasons[0][:100]

@@ -274,14 +274,24 @@ def test_skip_patterns(tmp_path: Path) -> None:
 
 def test_zero_size_and_scalar_tensors_are_kept(tmp_path: Path) -> None:
     tensors = encoded(llama_values(), "float16") | {
-        "model.layers.0.empty.weight": ("F16", (0, 64), b""),
+        "model.layers.0.empty": ("F16", (0, 64), b""),
         "model.scale": ("F32", (), b"\0\0\x80?"),
         "model.steps": ("I64", (1,), bytes(8)),
     }
     convert(write_source(tmp_path / "src", tensors), tmp_path / "out")
     found = stored(tmp_path / "out")
-    assert found["model.layers.0.empty.weight"] == b""
+    assert found["model.layers.0.empty"] == b""
     assert found["model.scale"] == b"\0\0\x80?"
+
+
+@pytest.mark.parametrize(("shape", "data"), [((0,), b""), ((0, 64), b""), ((), b"\0\0")])
+def test_a_weight_without_rows_is_refused_unless_skipped(tmp_path: Path, shape: tuple[int, ...], data: bytes) -> None:
+    tensors = encoded(llama_values(), "float16") | {Q_PROJ: ("F16", shape, data)}
+    source = write_source(tmp_path / "src", tensors)
+    error = refused(source, tmp_path / "out")
+    assert error.tensor == Q_PROJ and str(list(shape)) in str(error) and f"--skip {Q_PROJ}" in str(error)
+    convert(source, tmp_path / "out", skip=[Q_PROJ])
+    assert stored(tmp_path / "out")[Q_PROJ] == data
 
 
 def test_constant_and_zero_weights(tmp_path: Path) -> None:
@@ -326,6 +336,9 @@ def test_gguf_and_adapters_are_refused(tmp_path: Path) -> None:
     (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
     assert refused(tmp_path / "gguf", tmp_path / "out").rule == "E4"
     assert refused(tmp_path / "gguf" / "model.gguf", tmp_path / "out").rule == "E4"
+    (tmp_path / "gguf" / "config.json").write_text(json.dumps(CONFIG))
+    error = refused(tmp_path / "gguf", tmp_path / "out")
+    assert error.rule == "E4" and error.file == "model.gguf"
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert "adapter" in str(refused(tmp_path / "adapter", tmp_path / "out"))
