@@ -132,7 +132,7 @@ class Checkpoint(StoredCheckpoint):
             The logical shape (the rows asked for), float32 or float16; bfloat16 as uint16 bits.
 
         Raises:
-            FormatError: T4 or D1, an absmax is not finite or negative.
+            FormatError: T4 or D1, an absmax is not finite or negative; S5, the file was written to since it was opened.
         """
         weight = self.weight(name)
         shape = weight.shape
@@ -147,6 +147,7 @@ class Checkpoint(StoredCheckpoint):
         for first in range(start, end, CHUNK_ELEMENTS):
             last = min(first + CHUNK_ELEMENTS, end)
             out[first - start : last - start] = self.decode(weight, first, last, dtype)
+        self.check_unchanged()
         return out.reshape(shape)
 
     def iter_dequantized(
@@ -158,7 +159,9 @@ class Checkpoint(StoredCheckpoint):
         """
         weight = self.weight(name)
         for first in range(0, weight.elements, chunk_elements):
-            yield self.decode(weight, first, min(first + chunk_elements, weight.elements), dtype)
+            values = self.decode(weight, first, min(first + chunk_elements, weight.elements), dtype)
+            self.check_unchanged()
+            yield values
 
     def decode(self, weight: Weight, first: int, last: int, dtype: str | None = None) -> AnyArray:
         """Elements [first, last) of a weight, flat; see `dequantize`."""

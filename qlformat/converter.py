@@ -147,6 +147,7 @@ def convert(
             staging.keep = True
             try:
                 manifest = run.execute(threads or len(os.sched_getaffinity(0)))
+                source.check_unchanged()
             except (SourceError, FormatError):
                 staging.keep = False  # the source is at fault: there is nothing to resume
                 raise

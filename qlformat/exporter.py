@@ -104,6 +104,7 @@ def export(
         with Staging(target, overwrite=overwrite, source=checkpoint.path) as staging:
             run = _Run(checkpoint, staging.path, dtype, shard_size, progress)
             run.execute(threads or native.default_threads())
+            checkpoint.check_unchanged()
             staging.commit()
         return ExportReport(
             out=target,

@@ -232,7 +232,7 @@ class ShardReader:
         """
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self._changed_ns):
-            raise FormatError("the file was changed while it was read; load it again", rule="S5", file=self.name)
+            raise FormatError("the file was changed while it was read; run it again", rule="S5", file=self.name)
 
     def end_position(self, info: TensorInfo) -> int:
         """Position in the file just behind the tensor's bytes."""

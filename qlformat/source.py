@@ -39,6 +39,9 @@ class WeightFile(Protocol):
     def end_position(self, info: TensorInfo) -> int:
         """Position in the file behind the tensor's bytes, 0 when that is not known."""
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError or SourceError when somebody has written to the file since it was opened."""
+
     def close(self) -> None:
         """Close the file."""
 
@@ -124,6 +127,15 @@ class Source:
                 )
             self.tensors[info.name] = SourceTensor(info, name, reader)
         return list(infos)
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was read is what was checked.
+
+        Raises:
+            FormatError, SourceError: a file was written to since it was opened.
+        """
+        for reader in self._open:
+            reader.check_unchanged()
 
     def close(self) -> None:
         """Close every file."""

@@ -37,6 +37,7 @@ class TorchFile:
         self.tensors: dict[str, TensorInfo] = {}
         self.aliases: dict[str, str] = {}
         self._values: dict[str, torch.Tensor] = {}
+        self._stamp = _stamp(path)
         seen: dict[tuple[Any, ...], str] = {}
         # An output embedding comes last: of a tied pair the input embedding is the one that readers look for.
         loaded = sorted(_load(path, name).items(), key=lambda item: item[0].endswith("lm_head.weight"))
@@ -74,9 +75,22 @@ class TorchFile:
         """0: tensors have no place in the file that a reader could follow."""
         return 0
 
+    def check_unchanged(self) -> None:
+        """Raise SourceError when the file's size or time of change is another one by now."""
+        if _stamp(self.path) != self._stamp:
+            raise SourceError("the file was changed while it was read; run it again", file=self.name)
+
     def close(self) -> None:
         """Let go of the tensors."""
         self._values.clear()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None  # removed since; what is mapped stays
+    return status.st_size, status.st_mtime_ns
 
 
 def _load(path: Path, name: str) -> dict[str, torch.Tensor]:

@@ -101,6 +101,10 @@ class Base:
         self.weights[head] = BaseWeight(head, found.shape, found.dtype, found.quantized, embedding)
         self.config = {**self.config, "tie_word_embeddings": False}
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError when somebody has written to the files since they were opened."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Close every file."""
 
@@ -180,6 +184,10 @@ class PlainBase(Base):
         """Sizes; hashing them would take about as long as the merge."""
         return [FileEntry(name, path.stat().st_size, None) for name, path in self._source.files]
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError when somebody has written to the files since they were opened."""
+        self._source.check_unchanged()
+
     def close(self) -> None:
         """Close every file."""
         self._source.close()
@@ -233,6 +241,10 @@ class QuantizedBase(Base):
         if self.checkpoint.manifest is not None:
             return [entry for entry in self.checkpoint.manifest.files if entry.name.endswith(".safetensors")]
         return [FileEntry(reader.name, reader.size, None) for reader in self.checkpoint.shards.values()]
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError when somebody has written to the files since they were opened."""
+        self.checkpoint.check_unchanged()
 
     def close(self) -> None:
         """Close every file."""

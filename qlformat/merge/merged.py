@@ -69,6 +69,12 @@ class MergedFile:
         """Not a position in a file."""
         return 0
 
+    def check_unchanged(self) -> None:
+        """Raise QlfError when somebody has written to the base's or an adapter's files since they were opened."""
+        self._base.check_unchanged()
+        for adapter in self._adapters:
+            adapter.reader.check_unchanged()
+
     def close(self) -> None:
         """Nothing is open."""
 

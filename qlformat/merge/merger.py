@@ -123,6 +123,7 @@ def merge(
         staging.keep = True
         try:
             run.execute(threads or native.default_threads())
+            job.file.check_unchanged()
         except (SourceError, FormatError):
             staging.keep = False
             raise

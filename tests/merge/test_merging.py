@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from qlformat.merge.merger import merge
 from qlformat.merge.options import AdapterSpec, MergeOptions
 from tests.merge.conftest import MakeAdapter, edit_config, live_logits
 from tests.sources import file_bytes
+from tests.unit.test_written_meanwhile import spoiling
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -37,6 +39,18 @@ def deltas(adapter: Path, scale: float = 2.0) -> torch.Tensor:
 def merged(base: Path, out: Path, adapters: list[AdapterSpec], **options: Any) -> torch.Tensor:
     merge(base, adapters, out, MergeOptions("float32", **options))
     return load_file(out / "model.safetensors")[NAME]
+
+
+@pytest.mark.parametrize("kind", ["16 bit", "4 bit", "adapter"])
+def test_a_file_that_is_written_to_meanwhile(
+    kind: str, small_base: Path, exact_base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(small_base if kind == "4 bit" else exact_base, tmp_path / "base"))
+    adapter = make_adapter("a")
+    file = adapter / "adapter_model.safetensors" if kind == "adapter" else base / "model.safetensors"
+    with pytest.raises(QlfError, match="changed while it was read"):
+        merge(base, [AdapterSpec(adapter, 1.0)], tmp_path / "out", MergeOptions("float32"), progress=spoiling(file))
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 @pytest.mark.parametrize("method", ["ties", "dare-linear", "dare-ties", "magnitude-prune", "svd", "cat", "linear"])
