@@ -64,7 +64,7 @@ def _options(command: Any) -> Any:
         click.option("--warmup", type=float, metavar="SHARE", help="Share of the steps to warm up in.  [0.03]"),
         click.option("--batch-size", type=_INT, metavar="N", help="Sequences in one pass of a process.  [1]"),
         click.option("--grad-accum", type=_INT, metavar="N", help="Passes before one update.  [16]"),
-        click.option("--seq-len", type=_INT, metavar="N", help="Tokens of a sequence.  [1024]"),
+        click.option("--seq-len", type=_INT, metavar="N", help="Tokens of a sequence.  [1024, or the context]"),
         click.option("--packing/--no-packing", default=None, help="Several rows in a sequence.  [packing]"),
         click.option("--eval-data", type=options.Location(), metavar="DATA", help="Held-out rows."),
         click.option("--eval-split", type=float, metavar="SHARE", help="Share of DATA to hold out."),

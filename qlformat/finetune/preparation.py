@@ -16,6 +16,9 @@ from qlformat.finetune.placement import Placement
 from qlformat.finetune.rows import Rows
 from qlformat.finetune.session import Prepared
 
+_CONTEXT = "the model's context"
+"""Where a seq_len comes from that nobody asked for and that is shorter than the recipe's."""
+
 
 def prepare(given: Mapping[str, Any], config: Path | None = None) -> Prepared:
     """Settle the options, check the base, and read and tokenize the data; nothing is trained or written.
@@ -35,6 +38,8 @@ def prepare(given: Mapping[str, Any], config: Path | None = None) -> Prepared:
     opts.make({**in_file, **given})  # what is wrong with the options is said before anything is read
     found = base.open_base({**in_file, **given}["base"])
     values, sources = recipes.resolve(recipe, found.params, in_file, given)
+    if "seq_len" not in {*in_file, *given} and found.context is not None and values["seq_len"] > found.context:
+        values["seq_len"], sources["seq_len"] = found.context, _CONTEXT
     where = placement.place()
     options, sources = placement.settle(opts.make(values), sources, where)
     base.check_fits(found, options.seq_len, options.target)
@@ -62,14 +67,16 @@ def _with_data(options: Options, sources: Mapping[str, str], found: base.Base, w
         None if held_out is None else tokenize(held_out, tokenizer, options.seq_len, packing=options.packing)[0]
     )
     memory = budget.make(options, found, stats, where)
-    notes = (*stats.notes, *_notes(rows, stats, found, memory))
+    notes = (*stats.notes, *_notes(rows, stats, found, memory, sources))
     return Prepared(
         options, sources, found, tokenizer, rows, held_out, (train, evaluation), stats, where, memory, notes
     )
 
 
-def _notes(rows: Rows, stats: Stats, found: base.Base, memory: budget.Budget) -> list[str]:
+def _notes(rows: Rows, stats: Stats, found: base.Base, memory: budget.Budget, sources: Mapping[str, str]) -> list[str]:
     notes = []
+    if sources.get("seq_len") == _CONTEXT:
+        notes.append(f"sequences have at most {stats.seq_len} tokens, which is the model's context")
     if rows.skipped or stats.skipped:
         first = (rows.skipped or stats.skipped)[0]
         place = f"{first.place.file}, {first.place.unit} {first.place.number}"

@@ -243,6 +243,14 @@ def test_rows_longer_than_the_context(train: Train, tmp_path: Path) -> None:
     assert "1 rows (50.0%) are longer than the model's context of 512 tokens and lose their end" in result.out
 
 
+def test_the_default_length_is_cut_to_the_context(qlf: Run, tiny_base: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", CHAT, CHAT)
+    result = qlf("finetune", tiny_base, "--data", data, "-o", tmp_path / "out", "--dry-run", "--json")
+    shown = json.loads(result.out)
+    assert (shown["options"]["seq_len"], shown["options_from"]["seq_len"]) == (512, "the model's context")
+    assert "sequences have at most 512 tokens, which is the model's context" in shown["notes"]
+
+
 def test_rows_of_which_nothing_is_left(train: Train, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "word " * 500}, {"role": "assistant", "content": "yes"}]
     error = train(data=write(tmp_path / "d.jsonl", {"messages": messages})).error
