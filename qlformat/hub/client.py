@@ -16,6 +16,7 @@ from qlformat.source import is_repo_id
 from qlformat.workers import Stopped
 
 if TYPE_CHECKING:
+    import httpx2
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 MAX_FILES = 50_000
 TIMEOUT_SECONDS = 30.0
+_PIECE_BYTES = 256 << 10
+"""Sent at a time; on a slow line it is also how often the bar moves."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,26 @@ def without_bars() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
+
+
+@contextmanager
+def large_pieces() -> Iterator[None]:
+    """Have the client's HTTP library send files in larger pieces than its 64 KiB, each of which costs it 40 us."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, but without __all__
+
+    session = get_session()
+    before = session.event_hooks
+    session.event_hooks = {**before, "request": [*before["request"], _enlarge]}
+    try:
+        yield
+    finally:
+        session.event_hooks = before
+
+
+def _enlarge(request: httpx2.Request) -> None:
+    stream: Any = request.stream
+    if hasattr(stream, "CHUNK_SIZE"):  # of a file; other versions of the library keep their size
+        stream.CHUNK_SIZE = _PIECE_BYTES
 
 
 def _named(repo_id: str, revision: str | None) -> str:

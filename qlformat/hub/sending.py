@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from qlformat.errors import QlfError
-from qlformat.hub.client import TIMEOUT_SECONDS, HubClient, without_bars
+from qlformat.hub.client import TIMEOUT_SECONDS, HubClient, large_pieces, without_bars
 from qlformat.hub.contents import is_weights
 from qlformat.hub.examination import Examination
 from qlformat.hub.plan import PlannedFile
@@ -129,7 +129,7 @@ class Sending:
         others = [entry for entry in self.additions if not is_weights(entry[0].local.name)]
         # One by one as their hashes become known, so that the first is on its way while the last is hashed.
         batches = [*([entry] for entry in weights), *([others] if others else [])]
-        with without_bars():
+        with without_bars(), large_pieces():
             run_all([partial(self._hash_and_send, batch) for batch in batches], _AT_ONCE, self._stop)
 
     def _hash_and_send(self, batch: Sequence[tuple[PlannedFile, CommitOperationAdd]]) -> None:
