@@ -135,9 +135,11 @@ def transfers(model: Path, workdir: Path, repeats: int, xet: bool) -> dict[str, 
         "hf": (lambda: [hf(), "upload", REPO, model], lambda: [hf(), "download", REPO, "--local-dir", out]),
     }
     runs: dict[str, list[Usage]] = {f"{who}, {what}": [] for what in ("upload", "download") for who in ways}
-    for _ in range(repeats):
-        for who, (upload, download) in ways.items():
+    for repeat in range(repeats):
+        # What the one before has left to be written or freed is waited for, and each comes first as often.
+        for who, (upload, download) in list(ways.items())[:: 1 if repeat % 2 else -1]:
             hub = Hub(workdir / "push-hub", xet)
+            os.sync()
             try:
                 runs[f"{who}, upload"].append(hub.timed(*upload()))
                 shutil.rmtree(out, ignore_errors=True)

@@ -106,6 +106,8 @@ def _check_keys(checkpoint: StoredCheckpoint, parsed: manifest.Manifest, report:
 
 def _difference(where: str, found: Any, needed: Any) -> str | None:
     """The first place where two JSON values differ, in words."""
+    if found == needed:
+        return None
     if isinstance(found, dict) and isinstance(needed, dict):
         for key in [*found, *needed]:
             place = f"{where}.{key}" if where else key
@@ -120,7 +122,7 @@ def _difference(where: str, found: Any, needed: Any) -> str | None:
     if isinstance(found, list) and isinstance(needed, list) and len(found) == len(needed):
         pairs = enumerate(zip(found, needed, strict=True))
         return next((d for i, (f, n) in pairs if (d := _difference(f"{where}[{i}]", f, n))), None)
-    return None if found == needed else f"{where} is {str(found)[:80]}, needed {str(needed)[:80]}"
+    return f"{where} is {str(found)[:80]}, needed {str(needed)[:80]}"
 
 
 def _check_tensor_list(checkpoint: StoredCheckpoint, parsed: manifest.Manifest, report: Report) -> None:

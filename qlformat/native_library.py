@@ -29,6 +29,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "qlf_squared_error": (_P, _P, _U64, _P, _P),
     "qlf_transpose": (_P, _U64, _U64, _U32, _P, _I32),
     "qlf_convert": (_P, _I32, _U64, _P, _I32, _P, _I32),
+    "qlf_sha256_supported": (),
+    "qlf_sha256_begin": (_P,),
+    "qlf_sha256_parts": (_P, _P, _I32, _U64, _U64, _P, _U64, _P, _P),
+    "qlf_sha256_end": (_P, _P),
     "qlf_add_low_rank": (_P, _I32, _U64, _U64, _U64, _P, _P, _U64, _P, _P, _I32, _P, _I32),
 }
 

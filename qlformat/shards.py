@@ -219,6 +219,10 @@ class ShardReader:
                 raise FormatError("the file became shorter while it was read", rule="S5", file=self.name)
             done += count
 
+    def fileno(self) -> int:
+        """The file's descriptor, for positional reads."""
+        return self._fd
+
     def prefetch(self, info: TensorInfo, offset: int, size: int) -> None:
         """Have the system read `size` bytes of a tensor from `offset` on in the background, where it can."""
         if hasattr(os, "posix_fadvise"):

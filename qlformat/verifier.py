@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ def verify(
     *,
     decode: bool = True,
     stop: threading.Event | None = None,
-    on_structure: Callable[[list[Finding]], None] | None = None,
+    on_structure: Callable[[list[Finding]], Mapping[str, str] | None] | None = None,
 ) -> list[Finding]:
     """Check a checkpoint against every rule of the format. It is sound when no finding has severity "error".
 
@@ -76,7 +76,8 @@ def verify(
             the range of its dtype: the findings are the same, in half the time.
         stop: set it in another thread to give up.
         on_structure: called with what is found without reading the weights' bytes, before they are read; what it raises
-            ends the check.
+            ends the check. It may return sha256 of stored tensors by name, of the bytes as they are: they are not
+            read for that again.
 
     Returns:
         The findings, errors first, in an order that does not depend on the threads.
@@ -92,7 +93,7 @@ def verify(
         work = _Work(checkpoint, findings, progress, stop or threading.Event(), decode=decode)
         workers = threads or native.default_threads()
         if on_structure is not None:
-            on_structure(findings.sorted())
+            work.take_hashes(on_structure(findings.sorted()) or {})
         if source is None:
             work.run(workers)
         else:
@@ -184,6 +185,10 @@ class _Work:
             message = f"it does not list {names}: not checked"
             self._report(FormatError(message, rule="M6", file=manifest.FILE_NAME), "note")
 
+    def take_hashes(self, hashes: Mapping[str, str]) -> None:
+        """Do without reading what somebody has hashed."""
+        self._hashes = {name: sha256 for name, sha256 in hashes.items() if name in self._checkpoint.tensors}
+
     def compare(self, comparison: SourceComparison) -> None:
         """Also compare with a source."""
         self._tasks += comparison.tasks(self._stop)
@@ -236,11 +241,12 @@ class _Work:
 
     def _read_tensor(self, name: str) -> None:
         """Hash a stored tensor other than packed bytes."""
-        self._hashes[name] = self._checkpoint.tensor_sha256(name)
+        if name not in self._hashes:
+            self._hashes[name] = self._checkpoint.tensor_sha256(name)
         self._meter.add(self._checkpoint.tensors[name].info.nbytes)
 
     def _read_weight(self, weight: Weight, state: QuantState) -> None:
-        """Hash the packed bytes of a weight and decode them, in one pass.
+        """Hash the packed bytes of a weight and decode them, in one pass; of one that is hashed already, what is left.
 
         A decoded value is a code of at most 1 times absmax, rounded once. Rounding keeps the order, so where absmax
         itself does not round to infinity no value does, and decoding can be left out.
@@ -250,10 +256,16 @@ class _Work:
         largest = self._check_scales(weight, state)
         decoded = largest is not None and (self._decode or largest >= _OVERFLOW[weight.dtype])
         finite = True
-        for first in range(0, state.elements, CHUNK_ELEMENTS):
+        hashed = weight.name in self._hashes
+        chunks = range(0, state.elements, CHUNK_ELEMENTS)
+        if hashed and not decoded:
+            chunks = chunks[-1:]  # for the padding
+            self._meter.add(chunks.start // 2)
+        for first in chunks:
             last = min(first + CHUNK_ELEMENTS, state.elements)
             packed = checkpoint.read_part(weight.name, first // 2, -(-last // 2) - first // 2)
-            digest.update(packed.data)
+            if not hashed:
+                digest.update(packed.data)
             self._give_up_when_asked()
             if decoded:
                 finite &= _all_finite(checkpoint.decode_packed(weight, packed, first, last))
@@ -263,7 +275,8 @@ class _Work:
         if not finite:
             message = f"some values are beyond the range of {weight.dtype} and decode to infinity"
             self._bad("D1" if state.nested else "T4", message, weight.name, "note")
-        self._hashes[weight.name] = digest.hexdigest()
+        if not hashed:
+            self._hashes[weight.name] = digest.hexdigest()
 
     def _check_scales(self, weight: Weight, state: QuantState) -> float | None:
         """The largest absmax of a weight; None when one is not sound, and a finding says so."""

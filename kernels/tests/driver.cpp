@@ -174,6 +174,42 @@ void check_merge(size_t rows, size_t columns, size_t rank, size_t first, size_t 
   }
 }
 
+// A file and its parts, in one call and in several, with ends anywhere.
+void check_hashes(size_t size, size_t step) {
+  if (!qlf_sha256_supported()) return;
+  Buffer data(size);
+  for (size_t i = 0; i < size; ++i) data.data()[i] = static_cast<unsigned char>(i * 167 + i / 251);
+  FILE* file = tmpfile();
+  if (!file || fwrite(data.data(), 1, size, file) != size || fflush(file)) abort();
+  const size_t count = size / step + 2;  // the last two are equal: an empty part
+  Buffer ends(count * 8), once(count * 32), often(count * 32), whole(32), again(32);
+  for (size_t i = 0; i < count; ++i) {
+    const uint64_t end = (i + 1) * step < size ? (i + 1) * step : size;
+    memcpy(ends.data() + i * 8, &end, 8);
+  }
+  uint64_t done = 0;
+  for (const size_t limit : {size, step + step / 2 + 1}) {
+    Buffer a(QLF_SHA256_BYTES), b(QLF_SHA256_BYTES);
+    Buffer& digests = limit == size ? once : often;
+    expect(qlf_sha256_begin(a.data()) == QLF_OK && qlf_sha256_begin(b.data()) == QLF_OK, "begin", size, 0, 0);
+    size_t ended = 0;
+    for (uint64_t at = 0; at < size || ended < count;) {
+      const uint64_t stop = at + limit < size ? at + limit : size;
+      const int32_t status = qlf_sha256_parts(a.data(), b.data(), fileno(file), at, stop, ends.data() + ended * 8,
+                                              count - ended, digests.data() + ended * 32, &done);
+      expect(status == QLF_OK && done == stop - at, "parts", size, static_cast<unsigned>(step), 0);
+      at = stop;
+      for (uint64_t end = 0; ended < count; ++ended) {
+        memcpy(&end, ends.data() + ended * 8, 8);
+        if (end > stop) break;
+      }
+    }
+    qlf_sha256_end(a.data(), (limit == size ? whole : again).data());
+  }
+  expect(equal(once, often) && equal(whole, again), "hashes", size, static_cast<unsigned>(step), 0);
+  fclose(file);
+}
+
 // Values that are not finite, and codes and scales that no encoder writes, must be handled without undefined behaviour.
 void check_hostile() {
   const size_t n = 64 * 70 + 3, nb = 71;
@@ -234,6 +270,11 @@ int main() {
       check_merge(rows, columns, rank, columns / 2, rows * columns - columns);
       check_merge(rows, columns, rank, columns + columns / 3, columns / 2);
       check_merge(rows, columns, rank, columns, 0);
+    }
+  }
+  for (const size_t size : {1, 63, 64, 65, 1000, 600001}) {
+    for (const size_t step : {1, 64, 77, 5000, 300000}) {
+      if (size < 2000 || step > 1000) check_hashes(size, step);
     }
   }
   check_hostile();

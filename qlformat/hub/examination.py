@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from qlformat import native
-from qlformat.errors import QlfError
+from qlformat.errors import FormatError, QlfError
 from qlformat.hashing import hash_file
-from qlformat.hub.contents import Contents, LocalFile
+from qlformat.hub.contents import Contents, LocalFile, is_weights
 from qlformat.hub.soundness import require_sound
 from qlformat.progress import Progress
+from qlformat.shard_hashes import hash_shard
 
 
 class Examination:
     """The work on a directory's bytes, which begins at once.
 
-    The hashes come first, since nothing can be sent without them; then the values of a 4-bit checkpoint are checked,
-    which takes as long again. Whoever sends meanwhile looks at `failed` and asks `notes` before publishing.
+    The hashes come first, since nothing can be sent without them: those of the files, and in the same pass those of
+    the tensors of a 4-bit checkpoint, which are checked then. Whoever sends meanwhile looks at `failed` and asks
+    `notes` before publishing.
 
     Args:
         contents: what the directory holds.
@@ -42,7 +45,9 @@ class Examination:
         self._allow_base_mismatch = allow_base_mismatch
         self._stop = threading.Event()
         self._structure: Future[None] = Future()
-        self._hashing = ThreadPoolExecutor(self._threads, thread_name_prefix="qlf")  # in the order of sending
+        # In the order of sending. The main thread is at work, too: it imports the client, which cannot send before.
+        self._hashing = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="qlf")
+        self._tensors: dict[str, str] = {}
         self._hashes = {file: self._hashing.submit(self._hash, file) for file in contents.files}
         self._first_hashes = list(self._hashes.values())
         self._checking = ThreadPoolExecutor(1, thread_name_prefix="qlf")
@@ -103,6 +108,11 @@ class Examination:
         return {file.name: self._hashes[file] for file in contents.files}
 
     def _hash(self, file: LocalFile) -> str:
+        if self._contents.four_bit and is_weights(file.name):
+            with suppress(FormatError):  # found by the check, too; its hash is that of any file
+                found = hash_shard(file.path, self._stop)
+                self._tensors.update(found.tensors)
+                return found.sha256
         return hash_file(file.path, self._stop)[1]
 
     def _examine(self) -> tuple[str, ...]:
@@ -118,7 +128,7 @@ class Examination:
             raise
         return found
 
-    def _check(self, structure_is_sound: Callable[[], None] | None = None) -> tuple[str, ...]:
+    def _check(self, structure_is_sound: Callable[[], Mapping[str, str]] | None = None) -> tuple[str, ...]:
         return require_sound(
             self._contents,
             self._threads,
@@ -128,9 +138,11 @@ class Examination:
             structure_is_sound=structure_is_sound,
         )
 
-    def _before_the_values(self) -> None:
+    def _before_the_values(self) -> dict[str, str]:
+        """The sha256 of the tensors."""
         self._structure.set_result(None)
         wait(self._first_hashes)
+        return self._tensors
 
     def _report(self, now: Progress) -> None:
         progress = self._progress

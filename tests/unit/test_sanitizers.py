@@ -24,11 +24,12 @@ FLAGS = [
 
 def sources() -> dict[Path, list[str]]:
     """Each source with the flags that CMakeLists.txt gives it on this machine."""
-    common = [KERNELS / "cpu" / f"{name}.cpp" for name in ("api", "merge", "nested", "transpose", "scalar")]
+    common = [KERNELS / "cpu" / f"{name}.cpp" for name in ("api", "merge", "nested", "sha256", "transpose", "scalar")]
     found: dict[Path, list[str]] = {path: [] for path in [*common, KERNELS / "tests" / "driver.cpp"]}
     if platform.machine() in ("x86_64", "AMD64"):
         avx2 = ["-mavx2", "-mf16c", "-mno-fma"]
         found[KERNELS / "cpu" / "avx2.cpp"] = avx2
+        found[KERNELS / "cpu" / "sha256.cpp"] = ["-msha", "-msse4.1"]
         found[KERNELS / "cpu" / "merge_avx2.cpp"] = ["-mavx2", "-mf16c", "-mfma"]
         found[KERNELS / "cpu" / "avx512.cpp"] = [*avx2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
     elif platform.machine() in ("aarch64", "arm64"):

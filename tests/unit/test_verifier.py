@@ -24,7 +24,9 @@ from qlformat.layout import Recipe, parse_quant_state
 from qlformat.manifest import FileEntry, Source, WeightEntry
 from qlformat.progress import Progress
 from qlformat.rules import RULES
+from qlformat.shard_hashes import hash_shard
 from qlformat.shards import DTYPE_BITS
+from qlformat.stored import StoredCheckpoint
 from qlformat.verifier import Finding, verify
 from qlformat.workers import Stopped
 from tests import builders
@@ -293,6 +295,26 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     last = seen[-1]
     assert last.phase == "verifying"
     assert (last.tensors_done, last.bytes_done) == (last.tensors_total, last.bytes_total)
+
+
+def test_what_is_hashed_already_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, shape = "big.weight", (2048, 2049)
+    build_checkpoint(tmp_path, quantized={name: shape}, values={name: np.zeros(2048 * 2049, np.float32)})
+    known = hash_shard(tmp_path / builders.SINGLE, threading.Event()).tensors
+    read: list[int] = []
+    original = StoredCheckpoint.read_part
+
+    def counted(self: StoredCheckpoint, name: str, offset: int, size: int) -> Any:
+        read.append(size)
+        return original(self, name, offset, size)
+
+    monkeypatch.setattr(StoredCheckpoint, "read_part", counted)
+    seen: list[Progress] = []
+    assert verify(tmp_path, decode=False, on_structure=lambda _: known, progress=seen.append) == []
+    assert 0 < sum(read) < 2048 * 2049 // 2 // 4
+    assert seen[-1].bytes_done == seen[-1].bytes_total
+    wrong = known | {name: "0" * 64, "no such tensor": "1" * 64}
+    assert errors(verify(tmp_path, decode=False, on_structure=lambda _: wrong)) == {"M5", "M7"}
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -27,6 +27,7 @@ enum {
   QLF_BAD_ARGUMENT = 1,    /* null pointer, unknown enumerator, size out of range */
   QLF_NOT_FINITE = 2,      /* a NaN or infinity in the input; outputs are unspecified */
   QLF_UNSUPPORTED_ISA = 3, /* not compiled in, or this processor lacks it */
+  QLF_READ_FAILED = 4,     /* a file cannot be read, or there is no memory for it */
 };
 
 /* QLF_ABI_VERSION of the library; callers refuse another one. */
@@ -85,6 +86,24 @@ QLF_API int32_t qlf_convert(const void* src, int32_t dtype, uint64_t n, void* ou
 QLF_API int32_t qlf_add_low_rank(const void* base, int32_t dtype, uint64_t columns, uint64_t first, uint64_t n,
                                  const void* left, const void* right, uint64_t rank, const void* scale, void* out,
                                  int32_t out_dtype, int32_t* overflowed, int32_t isa);
+
+/* sha256 of a file and of its parts in one pass, for little more than one of them costs. 1 when the processor has the
+ * instructions (SHA-NI), else 0; the other functions then return QLF_UNSUPPORTED_ISA. */
+QLF_API int32_t qlf_sha256_supported(void);
+
+/* Begin a hash in QLF_SHA256_BYTES bytes of the caller. */
+#define QLF_SHA256_BYTES 112
+QLF_API int32_t qlf_sha256_begin(void* hash);
+
+/* Feed bytes [position, limit) of an open file to two hashes. At each of the `count` ends (uint64, ascending, none
+ * before position; parts may be empty) the digest of `part` is written to `digests`, 32 bytes each, and it begins anew;
+ * ends beyond limit are for a further call. *done is how many bytes there were; QLF_READ_FAILED when the system has an
+ * error for the one after. */
+QLF_API int32_t qlf_sha256_parts(void* whole, void* part, int32_t fd, uint64_t position, uint64_t limit,
+                                 const void* ends, uint64_t count, void* digests, uint64_t* done);
+
+/* The digest so far, 32 bytes; the hash may go on. */
+QLF_API int32_t qlf_sha256_end(void* hash, void* digest);
 
 #ifdef __cplusplus
 }
