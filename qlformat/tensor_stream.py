@@ -138,9 +138,13 @@ class TensorStream:
             item.tensor.read_into(offset, part)
             digest.update(part)
             self._writers[item.shard].write(item.name, offset, part)
+            self._written(item, offset, part)
             self._meter.add(part.nbytes)
         self._meter.add(0, 1)
         return StoredWeight(item.name, {item.name: digest.hexdigest()})
+
+    def _written(self, item: Item, offset: int, part: memoryview) -> None:
+        """For subclasses: bytes of a weight that is not quantized have been written, in order."""
 
     def _quantize(self, item: Item, state: QuantState, rounded: Rounded | None) -> StoredWeight:
         if rounded is None:

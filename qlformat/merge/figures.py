@@ -1,4 +1,4 @@
-"""What was kept of each delta, read back from the written file, as numbers and as a picture."""
+"""What was kept of each delta, of what was written to the file, as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from qlformat.merge.merged import MergedFile
 
 F32 = npt.NDArray[np.float32]
 
@@ -48,8 +46,11 @@ class Kept:
         return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in vars(self).items()}
 
 
-def parts(elements: int, *, four_bit: bool) -> Iterator[tuple[int, int]]:
-    """(first, last) of the parts of a weight to compare; each begins a block of every size."""
+def parts(elements: int, *, four_bit: bool, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """(first, last) of the parts of a weight to compare, those that start in [begin, end).
+
+    Each begins a block of every size, and none crosses a multiple of its largest size.
+    """
     whole, part, stride = (
         (WHOLE_ELEMENTS_IN_4_BITS, PART_ELEMENTS_IN_4_BITS, _STRIDE_IN_4_BITS)
         if four_bit
@@ -57,7 +58,8 @@ def parts(elements: int, *, four_bit: bool) -> Iterator[tuple[int, int]]:
     )
     if elements <= whole:
         stride = 1
-    for first in range(0, elements, part * stride):
+    step = part * stride
+    for first in range(-(-begin // step) * step, elements if end is None else end, step):
         yield first, min(first + part, elements)
 
 
@@ -97,12 +99,6 @@ def _dot(left: F32, right: F32) -> float:
     rows = [values[:whole].reshape(-1, _STRETCH) for values in (left, right)]
     sums = np.einsum("ij,ij->i", *rows).tolist()
     return math.fsum([*sums, float(np.dot(left[whole:], right[whole:]))])
-
-
-def pieces(file: MergedFile, name: str, elements: int, *, four_bit: bool) -> Iterator[tuple[int, int, F32, F32]]:
-    """(first, last, base, merged) of the parts to compare."""
-    for first, last in parts(elements, four_bit=four_bit):
-        yield first, last, *file.both(name, first, last)
 
 
 def summary(kept: Sequence[Kept]) -> dict[str, float | int | None]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlformat import __version__, codec
+from qlformat import __version__
 from qlformat.hashing import hash_file
 from qlformat.journal import Journal, StoredWeight
 from qlformat.manifest import FILE_NAME as MANIFEST_NAME
@@ -23,7 +23,7 @@ from qlformat.manifest import Source as SourceEntry
 from qlformat.merge.base import Base
 from qlformat.merge.checksum import PageSums
 from qlformat.merge.direct_shard import DirectShardWriter
-from qlformat.merge.figures import Kept, Sums, pieces
+from qlformat.merge.figures import Kept
 from qlformat.merge.merged import MergedFile
 from qlformat.merge.planning import MergePlan
 from qlformat.merge.stream import MergedStream
@@ -86,7 +86,7 @@ class Run:
         digest = (
             PageSums if plan.quantized is None else hashlib.sha256
         )  # without a manifest they are for --resume alone
-        self._stream = MergedStream(directory, self._writers, self._meter, plan.dtypes, digest)
+        self._stream = MergedStream(directory, self._writers, self._meter, plan.dtypes, digest, file, changed)
         self._lock = threading.Lock()
         self._pending = Counter(item.shard for item in plan.items)
         self._stored: dict[str, StoredWeight] = {}
@@ -149,7 +149,7 @@ class Run:
         if stored is None or not self._stream.is_intact(item, stored):
             stored = self._stream.write(item, rounded)
             self.journal.add(stored)
-        kept = self._measure(item, stored) if item.name in self._changed else None
+        kept = self._stream.measured(item, stored) if item.name in self._changed else None
         with self._lock:
             self._stored[item.name] = stored
             if kept is not None:
@@ -160,20 +160,6 @@ class Run:
             name = self._plan.shard_names[item.shard]
             size, digest = self._writers[item.shard].finish()
             self._shard_files[name] = FileEntry(name, size, None, digest)
-
-    def _measure(self, item: Item, stored: StoredWeight) -> Kept:
-        """Compare what was written with what it is made of."""
-        sums = Sums()
-        if item.transpose and item.state is not None:
-            whole = self._stream.stored_values(item, stored, 0, item.elements).reshape(item.state.shape)
-            values = codec.transpose(whole).reshape(-1)
-            base = self._file.base_values(item.name, 0, item.elements).copy()
-            sums.add(base, self._file.values(item.name, 0, item.elements), values)
-        else:
-            four_bit = item.state is not None
-            for first, last, base, merged in pieces(self._file, item.name, item.elements, four_bit=four_bit):
-                sums.add(base, merged, self._stream.stored_values(item, stored, first, last))
-        return sums.result(item.name, item.elements)
 
     def _index(self) -> bytes:
         shards = {spec.name: self._plan.shard_names[item.shard] for item in self._plan.items for spec in item.specs}

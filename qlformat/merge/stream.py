@@ -1,9 +1,9 @@
-"""Write merged weights into their shards: TensorStream, quantizing from float32, and reading back to measure."""
+"""Write merged weights into their shards: TensorStream, quantizing from float32, and measuring what was kept."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qlformat import codec
-from qlformat.checkpoint import NUMPY_DTYPES
+from qlformat.checkpoint import NUMPY_DTYPES, AnyArray
 from qlformat.hashing import Digest
 from qlformat.journal import StoredWeight
 from qlformat.layout import NESTED_BLOCKSIZE, QuantState, strict_json
 from qlformat.merge.arithmetic import convert
 from qlformat.merge.direct_shard import PAGE
+from qlformat.merge.figures import Kept, Sums, parts
+from qlformat.merge.merged import MergedFile
 from qlformat.plan import Item
 from qlformat.progress import ProgressMeter
 from qlformat.shards import TORCH_NAMES, ShardWriter
@@ -32,6 +34,8 @@ class MergedStream(TensorStream):
     Args:
         directory, writers, meter, digest: as TensorStream.
         dtypes: weight -> the dtype that its quant_state names.
+        file: the merged weights.
+        changed: names of those that adapters change; what is kept of the changes is measured.
     """
 
     def __init__(
@@ -41,11 +45,44 @@ class MergedStream(TensorStream):
         meter: ProgressMeter,
         dtypes: Mapping[str, str],
         digest: Callable[[], Digest],
+        file: MergedFile,
+        changed: Container[str],
     ) -> None:
         super().__init__(directory, writers, meter, digest)
+        self._file, self._changed = file, changed
         self._shards = writers
         self._memory = threading.local()
         self._dtypes = dtypes
+
+    def measured(self, item: Item, stored: StoredWeight) -> Kept:
+        """What the file holds of the changes of one weight; right after `write`, by the same worker."""
+        sums: Sums | None = self._memory.__dict__.pop("sums", None)
+        if sums is not None:
+            return sums.result(item.name, item.elements)
+        sums = Sums()
+        if item.transpose and item.state is not None:
+            whole = self.stored_values(item, stored, 0, item.elements).reshape(item.state.shape)
+            values = codec.transpose(whole).reshape(-1)
+            base = self._file.base_values(item.name, 0, item.elements).copy()
+            sums.add(base, self._file.values(item.name, 0, item.elements), values)
+        else:
+            for first, last in parts(item.elements, four_bit=item.state is not None):
+                sums.add(*self._file.both(item.name, first, last), self.stored_values(item, stored, first, last))
+        return sums.result(item.name, item.elements)
+
+    def _written(self, item: Item, offset: int, part: memoryview) -> None:
+        """Measure what passes by: reading it back would keep the disk from writing."""
+        if item.name not in self._changed:
+            return
+        if not offset:
+            self._memory.sums = Sums()
+        dtype = TORCH_NAMES[item.tensor.dtype]
+        values = np.frombuffer(part, dtype=NUMPY_DTYPES[dtype])
+        begin = offset // values.itemsize
+        for first, last in parts(item.elements, four_bit=False, begin=begin, end=begin + values.size):
+            sums: Sums = self._memory.sums
+            stored = self._widened(values[first - begin : last - begin], dtype)
+            sums.add(*self._file.both(item.name, first, last), stored)
 
     def _quantize(self, item: Item, state: QuantState, rounded: Rounded | None) -> StoredWeight:
         return super()._quantize(item, replace(state, dtype="float32"), rounded)
@@ -93,8 +130,10 @@ class MergedStream(TensorStream):
     def _plain_values(self, item: Item, first: int, last: int) -> F32:
         dtype = TORCH_NAMES[item.tensor.dtype]
         size = NUMPY_DTYPES[dtype].itemsize
-        raw = self._bytes(item, item.name, first * size, last * size).view(NUMPY_DTYPES[dtype])
-        out = self._held("stored values", (last - first) * 4).view(np.float32)
+        return self._widened(self._bytes(item, item.name, first * size, last * size).view(NUMPY_DTYPES[dtype]), dtype)
+
+    def _widened(self, raw: AnyArray, dtype: str) -> F32:
+        out = self._held("stored values", raw.size * 4).view(np.float32)
         convert(raw, dtype, out, "float32")
         return out
 
