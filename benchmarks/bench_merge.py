@@ -82,8 +82,6 @@ def once(command: Sequence[str | Path], out: Path) -> Usage:
 def measure(workdir: Path, repeats: int, peer: bool) -> dict[str, Any]:
     """All merges; prints and returns the figures."""
     base, quantized, adapter = prepared(workdir)
-    warm(base)
-    warm(quantized)
     out = workdir / "merge-out"
     commands: dict[str, list[str | Path]] = {
         name: [*qlf_command(), "merge", source, "--adapter", adapter, "-o", out, "--to", to, "--quiet"]
@@ -98,6 +96,8 @@ def measure(workdir: Path, repeats: int, peer: bool) -> dict[str, Any]:
     runs: dict[str, list[Usage]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
+            for model in (base, quantized, adapter):  # what one run has pushed out of the page cache comes back
+                warm(model)
             runs[name].append(once(command, out))
     found = {name: summarize(usages) for name, usages in runs.items()}
     figures: dict[str, Any] = {name: summary.as_json() for name, summary in found.items()}

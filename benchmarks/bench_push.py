@@ -136,10 +136,9 @@ def transfers(model: Path, workdir: Path, repeats: int, xet: bool) -> dict[str, 
     }
     runs: dict[str, list[Usage]] = {f"{who}, {what}": [] for what in ("upload", "download") for who in ways}
     for repeat in range(repeats):
-        # What the one before has left to be written or freed is waited for, and each comes first as often.
+        # Each comes first as often.
         for who, (upload, download) in list(ways.items())[:: 1 if repeat % 2 else -1]:
             hub = Hub(workdir / "push-hub", xet)
-            os.sync()
             try:
                 runs[f"{who}, upload"].append(hub.timed(*upload()))
                 shutil.rmtree(out, ignore_errors=True)

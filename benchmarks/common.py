@@ -57,11 +57,14 @@ def qlf_command() -> list[str]:
 def run_process(command: Sequence[str | Path]) -> Usage:
     """Run a command to its end and measure it; BenchmarkError with its last line when it fails.
 
+    First, what earlier processes have left to be written, and to be freed, is waited for.
+
     The kernel counts the starting process's own memory into the child's peak until the child executes, so a
     benchmark that reports memory must itself stay small: it imports neither numpy nor torch.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip leaves byte code; a checkout gets its own in the first run
+    os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(
         [str(word) for word in command],
