@@ -27,6 +27,9 @@ from qlformat.stored import CONFIG_NAME
 from qlformat.weights import Severity, Weight
 from qlformat.workers import Stopped, run_all
 
+ShardTensorHashes = Mapping[str, Mapping[str, str]]
+"""Hexadecimal sha256 of stored tensors: name of the shard -> name of the tensor -> hash."""
+
 # The least float32 that rounds to infinity.
 _OVERFLOW = {"bfloat16": float.fromhex("0x1.ffp127"), "float16": 65520.0, "float32": float("inf")}
 
@@ -60,7 +63,7 @@ def verify(
     *,
     decode: bool = True,
     stop: threading.Event | None = None,
-    on_structure: Callable[[list[Finding]], Mapping[str, str] | None] | None = None,
+    on_structure: Callable[[list[Finding]], ShardTensorHashes | None] | None = None,
 ) -> list[Finding]:
     """Check a checkpoint against every rule of the format. It is sound when no finding has severity "error".
 
@@ -76,8 +79,7 @@ def verify(
             the range of its dtype: the findings are the same, in half the time.
         stop: set it in another thread to give up.
         on_structure: called with what is found without reading the weights' bytes, before they are read; what it raises
-            ends the check. It may return sha256 of stored tensors by name, of the bytes as they are: they are not
-            read for that again.
+            ends the check. It may return hashes of the stored tensors' bytes: they are not read for that again.
 
     Returns:
         The findings, errors first, in an order that does not depend on the threads.
@@ -185,9 +187,12 @@ class _Work:
             message = f"it does not list {names}: not checked"
             self._report(FormatError(message, rule="M6", file=manifest.FILE_NAME), "note")
 
-    def take_hashes(self, hashes: Mapping[str, str]) -> None:
+    def take_hashes(self, hashes: ShardTensorHashes) -> None:
         """Do without reading what somebody has hashed."""
-        self._hashes = {name: sha256 for name, sha256 in hashes.items() if name in self._checkpoint.tensors}
+        for name, stored in self._checkpoint.tensors.items():
+            known = hashes.get(stored.shard, {}).get(name)
+            if known is not None:
+                self._hashes[name] = known
 
     def compare(self, comparison: SourceComparison) -> None:
         """Also compare with a source."""

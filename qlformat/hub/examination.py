@@ -14,6 +14,7 @@ from qlformat.hub.contents import Contents, LocalFile, is_weights
 from qlformat.hub.soundness import require_sound
 from qlformat.progress import Progress
 from qlformat.shard_hashes import hash_shard
+from qlformat.verifier import ShardTensorHashes
 
 
 class Examination:
@@ -47,7 +48,7 @@ class Examination:
         self._structure: Future[None] = Future()
         # In the order of sending. The main thread is at work, too: it imports the client, which cannot send before.
         self._hashing = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="qlf")
-        self._tensors: dict[str, str] = {}
+        self._tensors: dict[str, Mapping[str, str]] = {}
         self._hashes = {file: self._hashing.submit(self._hash, file) for file in contents.files}
         self._first_hashes = list(self._hashes.values())
         self._checking = ThreadPoolExecutor(1, thread_name_prefix="qlf")
@@ -111,7 +112,7 @@ class Examination:
         if self._contents.four_bit and is_weights(file.name):
             with suppress(FormatError):  # found by the check, too; its hash is that of any file
                 found = hash_shard(file.path, self._stop)
-                self._tensors.update(found.tensors)
+                self._tensors[file.name] = found.tensors
                 return found.sha256
         return hash_file(file.path, self._stop)[1]
 
@@ -128,7 +129,7 @@ class Examination:
             raise
         return found
 
-    def _check(self, structure_is_sound: Callable[[], Mapping[str, str]] | None = None) -> tuple[str, ...]:
+    def _check(self, structure_is_sound: Callable[[], ShardTensorHashes] | None = None) -> tuple[str, ...]:
         return require_sound(
             self._contents,
             self._threads,
@@ -138,8 +139,8 @@ class Examination:
             structure_is_sound=structure_is_sound,
         )
 
-    def _before_the_values(self) -> dict[str, str]:
-        """The sha256 of the tensors."""
+    def _before_the_values(self) -> ShardTensorHashes:
+        """The hashes of the tensors."""
         self._structure.set_result(None)
         wait(self._first_hashes)
         return self._tensors

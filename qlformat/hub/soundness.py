@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlformat import repository
@@ -12,7 +12,7 @@ from qlformat.errors import FormatError, QlfError
 from qlformat.hub.contents import Contents
 from qlformat.progress import Progress
 from qlformat.shards import ShardReader
-from qlformat.verifier import Finding, verify
+from qlformat.verifier import Finding, ShardTensorHashes, verify
 
 
 def require_sound(
@@ -22,14 +22,14 @@ def require_sound(
     *,
     allow_base_mismatch: bool = False,
     stop: threading.Event | None = None,
-    structure_is_sound: Callable[[], Mapping[str, str]] | None = None,
+    structure_is_sound: Callable[[], ShardTensorHashes] | None = None,
 ) -> tuple[str, ...]:
     """Check a directory and return what is worth knowing about it.
 
     4-bit checkpoints and adapters are checked as by `qlf verify`, an adapter's pin included; of other models the
     structure of every file and the index. Set `stop` in another thread to give up.
     `structure_is_sound` is called before the bytes of a 4-bit checkpoint's weights are read, which takes the longest,
-    and returns the sha256 of stored tensors that are known by then.
+    and returns the hashes of stored tensors that are known by then.
 
     Raises:
         QlfError: something is wrong; the line says what.
@@ -39,7 +39,7 @@ def require_sound(
         found = verify_adapter(contents.path, allow_base_mismatch=allow_base_mismatch)
     elif contents.four_bit:
 
-        def on_structure(found: list[Finding]) -> Mapping[str, str]:
+        def on_structure(found: list[Finding]) -> ShardTensorHashes:
             _notes(contents.path, found)
             return structure_is_sound() if structure_is_sound is not None else {}
 

@@ -69,7 +69,7 @@ class Run:
         progress: Callable[[Progress], None] | None,
         calibrated: Calibration | None = None,
     ) -> None:
-        self._base, self._file, self._plan, self._changed = base, file, plan, changed
+        self._base, self._plan, self._changed = base, plan, changed
         self._calibrated = calibrated
         self._directory = directory
         self.journal = Journal(directory, key)
@@ -83,9 +83,8 @@ class Run:
         self._writers = [
             writer(directory / name, plan.shard_specs(shard)) for shard, name in enumerate(plan.shard_names)
         ]
-        digest = (
-            PageSums if plan.quantized is None else hashlib.sha256
-        )  # without a manifest they are for --resume alone
+        # Without a manifest they are for --resume alone.
+        digest = PageSums if plan.quantized is None else hashlib.sha256
         self._stream = MergedStream(directory, self._writers, self._meter, plan.dtypes, digest, file, changed)
         self._lock = threading.Lock()
         self._pending = Counter(item.shard for item in plan.items)

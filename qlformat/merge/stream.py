@@ -76,11 +76,11 @@ class MergedStream(TensorStream):
             return
         if not offset:
             self._memory.sums = Sums()
+        sums: Sums = self._memory.sums
         dtype = TORCH_NAMES[item.tensor.dtype]
         values = np.frombuffer(part, dtype=NUMPY_DTYPES[dtype])
         begin = offset // values.itemsize
         for first, last in parts(item.elements, four_bit=False, begin=begin, end=begin + values.size):
-            sums: Sums = self._memory.sums
             stored = self._widened(values[first - begin : last - begin], dtype)
             sums.add(*self._file.both(item.name, first, last), stored)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import get_session
 
 from qlformat.adapter import AdapterManifest, BasePin
 from qlformat.checkpoint import open_checkpoint
@@ -89,6 +90,25 @@ def test_a_hub_without_xet_is_sent_lfs(
     assert len(proxy.puts()) == len(SHARDS)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     assert remote_bytes(api, "lab/no-xet", tmp_path / "plain") == file_bytes(base)
+
+
+def test_files_go_in_pieces_larger_than_the_librarys(
+    proxy: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_checkpoint(tmp_path, plain={"model.embed_tokens.weight": (44, 16), "model.norm.weight": (44,)})
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    asked: set[int | None] = set()
+    read = SentFile.read
+
+    def noted(self: SentFile, size: int | None = -1, /) -> bytes:
+        asked.add(size)
+        return read(self, size)
+
+    monkeypatch.setattr(SentFile, "read", noted)
+    hooks = get_session().event_hooks
+    push(tmp_path, "lab/pieces")
+    assert 256 << 10 in asked and 64 << 10 not in asked
+    assert get_session().event_hooks == hooks
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(proxy: FaultyHub, base: Path, api: HfApi) -> None:

@@ -58,7 +58,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = tmp_path_factory.mktemp("emulated")
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-psabi", "-DQLF_SIMDE", f"-I{KERNELS / 'include'}"]
     flags += ["-idirafter", str(headers)]
-    names = ("api", "merge", "nested", "transpose", "scalar", "avx512", "neon")
+    names = ("api", "merge", "nested", "sha256", "transpose", "scalar", "avx512", "neon")
     jobs = [
         subprocess.Popen([compiler, *flags, "-c", str(KERNELS / "cpu" / f"{name}.cpp"), "-o", str(build / f"{name}.o")])
         for name in names

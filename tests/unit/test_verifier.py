@@ -300,7 +300,8 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 def test_what_is_hashed_already_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, shape = "big.weight", (2048, 2049)
     build_checkpoint(tmp_path, quantized={name: shape}, values={name: np.zeros(2048 * 2049, np.float32)})
-    known = hash_shard(tmp_path / builders.SINGLE, threading.Event()).tensors
+    hashes = hash_shard(tmp_path / builders.SINGLE, threading.Event()).tensors
+    known = {builders.SINGLE: hashes, "another.safetensors": {name: "2" * 64}}
     read: list[int] = []
     original = StoredCheckpoint.read_part
 
@@ -313,7 +314,7 @@ def test_what_is_hashed_already_is_not_read_again(tmp_path: Path, monkeypatch: p
     assert verify(tmp_path, decode=False, on_structure=lambda _: known, progress=seen.append) == []
     assert 0 < sum(read) < 2048 * 2049 // 2 // 4
     assert seen[-1].bytes_done == seen[-1].bytes_total
-    wrong = known | {name: "0" * 64, "no such tensor": "1" * 64}
+    wrong = {builders.SINGLE: {**hashes, name: "0" * 64, "no such tensor": "1" * 64}}
     assert errors(verify(tmp_path, decode=False, on_structure=lambda _: wrong)) == {"M5", "M7"}
 
 
