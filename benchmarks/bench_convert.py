@@ -40,7 +40,7 @@ GOAL_SMALL_SECONDS = 1.0
 
 
 def warm(model: Path) -> None:
-    """Read the model once, so that no run pays for the disk."""
+    """Read the model, so that no run pays for the disk, whatever earlier ones have pushed out of the page cache."""
     with Path(os.devnull).open("wb") as sink:
         for path in sorted(model.glob("*.safetensors")):
             with path.open("rb") as file:
@@ -63,11 +63,12 @@ def peer_run(model: Path, out: Path) -> Usage:
 
 def in_turns(model: Path, workdir: Path, repeats: int, peer: bool) -> tuple[Summary, Summary | None]:
     """Run ours and the peer's alternately, so that a busy machine slows both."""
-    warm(model)
     ours, theirs = [], []
     for _ in range(repeats):
+        warm(model)
         ours.append(qlf_run(model, workdir / OUTPUTS[0]))
         if peer:
+            warm(model)
             theirs.append(peer_run(model, workdir / OUTPUTS[1]))
     return summarize(ours), summarize(theirs) if theirs else None
 

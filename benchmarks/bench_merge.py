@@ -96,7 +96,7 @@ def measure(workdir: Path, repeats: int, peer: bool) -> dict[str, Any]:
     runs: dict[str, list[Usage]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
-            for model in (base, quantized, adapter):  # what one run has pushed out of the page cache comes back
+            for model in (base, quantized, adapter):
                 warm(model)
             runs[name].append(once(command, out))
     found = {name: summarize(usages) for name, usages in runs.items()}

@@ -18,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.json"
+_REST_SECONDS = 1.0
+"""A virtual disk that has just written much is slow for a while."""
 PACKAGES = ("accelerate", "bitsandbytes", "numpy", "peft", "safetensors", "torch", "transformers")
 
 
@@ -57,7 +59,7 @@ def qlf_command() -> list[str]:
 def run_process(command: Sequence[str | Path]) -> Usage:
     """Run a command to its end and measure it; BenchmarkError with its last line when it fails.
 
-    First, what earlier processes have left to be written, and to be freed, is waited for.
+    First, what earlier processes have left to be written and to be freed is waited for, and the disk gets a moment.
 
     The kernel counts the starting process's own memory into the child's peak until the child executes, so a
     benchmark that reports memory must itself stay small: it imports neither numpy nor torch.
@@ -65,6 +67,7 @@ def run_process(command: Sequence[str | Path]) -> Usage:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip leaves byte code; a checkout gets its own in the first run
     os.sync()
+    time.sleep(_REST_SECONDS)
     start = time.perf_counter()
     process = subprocess.Popen(
         [str(word) for word in command],
