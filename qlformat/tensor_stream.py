@@ -33,8 +33,10 @@ CHUNK_BYTES = 2 << 20
 F32 = npt.NDArray[np.float32]
 
 _MOMENTS_BYTES = 12
-_BLOCKS_IN_MEMORY = 1 << 18
-"""Most blocks of a weight whose moments stay in memory (3 MB): a multiple of 256, and at least those of a chunk."""
+_BLOCKS_IN_MEMORY = 3 << 16
+"""Most blocks of a weight whose moments stay in memory (2.4 MB): a multiple of 256, and at least those of a chunk."""
+_BLOCKS_AT_A_TIME = 1 << 14
+"""Blocks whose moments are read back together where they do not: a multiple of 256."""
 
 _NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -233,8 +235,9 @@ class TensorStream:
     ) -> tuple[float, float]:
         """Squared error and norm of the weight just packed, from its moments."""
         sums = (0.0, 0.0)
-        for first in range(0, state.blocks, _BLOCKS_IN_MEMORY):  # every piece begins with a nested block
-            blocks = slice(first, min(first + _BLOCKS_IN_MEMORY, state.blocks))
+        step = _BLOCKS_IN_MEMORY if state.blocks <= _BLOCKS_IN_MEMORY else _BLOCKS_AT_A_TIME
+        for first in range(0, state.blocks, step):  # every piece begins with a nested block
+            blocks = slice(first, min(first + step, state.blocks))
             moments = self._moments(state, blocks)
             if state.blocks > _BLOCKS_IN_MEMORY:
                 os.preadv(self._scratch(), [moments.data.cast("B")], first * _MOMENTS_BYTES)
