@@ -9,7 +9,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from qlformat.errors import NativeError
+from qlformat.native_arrays import raise_for
 from qlformat.native_library import library, load
 from qlformat.workers import Stopped
 
@@ -46,7 +46,7 @@ def hash_parts(fd: int, ends: Sequence[int], stop: threading.Event) -> tuple[str
     kernels = library()
     whole, part = (ctypes.create_string_buffer(_STATE_BYTES) for _ in range(2))
     for state in (whole, part):
-        _check(kernels.qlf_sha256_begin(state))
+        raise_for(kernels, kernels.qlf_sha256_begin(state))
     places = (ctypes.c_uint64 * len(ends))(*ends)
     digests = ctypes.create_string_buffer(_DIGEST_BYTES * len(ends))
     size, done = ends[-1] if ends else 0, ctypes.c_uint64()
@@ -62,16 +62,11 @@ def hash_parts(fd: int, ends: Sequence[int], stop: threading.Event) -> tuple[str
         if status == _READ_FAILED:
             os.pread(fd, 1, position + done.value)  # for the system's words
             raise OSError("the file cannot be read")
-        _check(status)
+        raise_for(kernels, status)
         if done.value < limit - position:
             return None
         position, ended = limit, bisect_right(ends, limit)
     last = ctypes.create_string_buffer(_DIGEST_BYTES)
-    _check(kernels.qlf_sha256_end(whole, last))
+    raise_for(kernels, kernels.qlf_sha256_end(whole, last))
     found = digests.raw.hex()
     return last.raw.hex(), [found[at : at + 64] for at in range(0, len(found), 64)]
-
-
-def _check(status: int) -> None:
-    if status:
-        raise NativeError("unusable arguments, or a processor without the SHA-NI instructions")

@@ -190,12 +190,14 @@ int32_t read_parts(void* whole, void* part, int fd, uint64_t position, uint64_t 
   memcpy(&b, part, sizeof b);
   int32_t status = QLF_OK;
   uint64_t next = 0, at = position;
-  for (;;) {
+  const auto end_parts = [&] {
     for (; next < count && number(ends, next) == at; ++next) {
       finish(b, digests + 32 * next);
       b = kEmpty;
     }
-    if (at == limit) break;
+  };
+  end_parts();
+  while (at < limit) {
     const ssize_t found = pread(fd, buffer.get(), limit - at < kPiece ? limit - at : kPiece, static_cast<off_t>(at));
     if (found < 0 && errno == EINTR) continue;
     if (found < 0) status = QLF_READ_FAILED;
@@ -206,10 +208,7 @@ int32_t read_parts(void* whole, void* part, int fd, uint64_t position, uint64_t 
       update_both(a, b, data, static_cast<size_t>(end - at));
       data += end - at;
       at = end;
-      for (; next < count && number(ends, next) == at; ++next) {
-        finish(b, digests + 32 * next);
-        b = kEmpty;
-      }
+      end_parts();
     }
   }
   memcpy(whole, &a, sizeof a);
