@@ -24,6 +24,7 @@ from qlformat.layout import Recipe
 from tests import builders
 from tests.builders import Tensor, build_checkpoint, make_checkpoint
 from tests.hub_server import Hub
+from tests.unit.test_written_meanwhile import write_to
 
 RAGGED, ODD, ROW = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.odd.weight"
 QUANTIZED = {RAGGED: (70, 301), ODD: (131, 151), ROW: (7,)}
@@ -251,17 +252,7 @@ def test_a_shard_that_is_cut_short_meanwhile(tmp_path: Path, monkeypatch: pytest
 
 def test_a_shard_that_is_written_to_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_checkpoint(tmp_path, quantized=QUANTIZED, plain=PLAIN)
-    before = (tmp_path / builders.SINGLE).stat()
-
-    def overwrite(path: Path) -> None:
-        with path.open("r+b") as file:  # in place: at no time is the file shorter
-            file.seek(-1, os.SEEK_END)
-            last = file.read(1)[0]
-            file.seek(-1, os.SEEK_END)
-            file.write(bytes([last ^ 1]))
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-
-    spoil_while_reading(monkeypatch, overwrite)
+    spoil_while_reading(monkeypatch, write_to)
     with pytest.raises(FormatError, match="changed while it was read") as caught:
         qlformat.load_state_dict(tmp_path)
     assert (caught.value.rule, caught.value.file) == ("S5", builders.SINGLE)

@@ -20,7 +20,7 @@ WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
 def write_to(path: Path) -> None:
-    """Change the last byte, and the time of the last change whatever the clock's steps."""
+    """Change the last byte in place, and the time of the last change whatever the clock's steps."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
