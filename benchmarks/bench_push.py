@@ -136,7 +136,7 @@ def transfers(model: Path, workdir: Path, repeats: int, xet: bool) -> dict[str, 
     }
     runs: dict[str, list[Usage]] = {f"{who}, {what}": [] for what in ("upload", "download") for who in ways}
     for repeat in range(repeats):
-        # Each comes first as often.
+        # They take turns in coming first.
         for who, (upload, download) in list(ways.items())[:: 1 if repeat % 2 else -1]:
             hub = Hub(workdir / "push-hub", xet)
             try:
